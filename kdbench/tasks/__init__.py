@@ -1,0 +1,1 @@
+"""Tasks, one file each: data, batches and generated responses; names are file names."""
