@@ -207,6 +207,8 @@ class _Stream:
             inputs = {"inputs_embeds": embedded}
         self.mask = None if bool(mask.all()) else mask.long()  # without padding, no mask: the faster kernel
         self.cache = DynamicCache()
+        self.positions: Tensor
+        self.logits: Tensor
         self._run((mask.long().cumsum(-1) - 1).clamp(min=0), inputs)
 
     def push(self, tokens: Tensor) -> None:

@@ -1,0 +1,563 @@
+"""The only training loop: optimizer groups, micro-batches, processes, budget, checkpoints.
+
+It knows distillers, batches and counts, and no method or task by name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from kdbench.checkpoint import Checkpoints
+from kdbench.clock import Clock, phase, running
+from kdbench.config import TrainingConfig
+from kdbench.distiller import Batch, Distiller, Group, Parts, Store, Totals
+from kdbench.processes import Processes
+from kdbench.streams import generator, stream_seed, uniform
+
+IDLE_VISITS = 1000  # visits in a row without a student update after which a method is told that it never updates
+
+
+class Diverged(Exception):
+    """A loss or a gradient that is not finite."""
+
+
+class _BudgetSpent(Exception):
+    """Ends a visit when the last student update was made."""
+
+
+class Source(Protocol):
+    """Rows that training draws from."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, index: Sequence[int]) -> Batch:
+        """Return the rows at `index`, at least one."""
+
+
+class BatchSource:
+    """Rows held in memory, such as those that `prepare` made."""
+
+    def __init__(self, rows: Batch) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return self._rows.size
+
+    def batch(self, index: Sequence[int]) -> Batch:
+        """Return the rows at `index`."""
+        return self._rows.rows(index)
+
+
+class Order:
+    """An endless stream of row numbers: one permutation after another, each fixed by seed, name and epoch."""
+
+    def __init__(self, seed: int, name: str, length: int) -> None:
+        self._seed, self._name, self._length = seed, name, length
+        self._epochs: dict[int, list[int]] = {}
+
+    def take(self, start: int, count: int) -> list[int]:
+        """Return the row numbers at places start .. start + count - 1 of the stream."""
+        rows = []
+        for place in range(start, start + count):
+            epoch, offset = divmod(place, self._length)
+            if epoch not in self._epochs:
+                rng = generator(self._seed, self._name, epoch)
+                self._epochs = {epoch: torch.randperm(self._length, generator=rng).tolist()}
+            rows.append(self._epochs[epoch][offset])
+        return rows
+
+
+def share(source: Source, rows: Sequence[int], processes: Processes) -> Batch:
+    """Return this process's part of the rows, with field `row`: their places in the whole batch. May be empty."""
+    parts = torch.arange(len(rows)).tensor_split(processes.world)
+    mine = parts[processes.rank].tolist()
+    batch = source.batch([rows[i] for i in mine] or [rows[0]])
+    if not mine:
+        batch = batch.rows([])
+    return batch.replace(row=torch.tensor(mine, dtype=torch.long)).to(processes.device)
+
+
+@dataclass
+class _Optimizer:
+    """One group's parameters, how they move, and how often they did."""
+
+    params: dict[str, nn.Parameter]
+    adam: torch.optim.AdamW
+    settings: Group
+    updates: int = 0
+
+
+@dataclass
+class Milestone:
+    """Something to do after given student updates, such as a snapshot or a dev evaluation."""
+
+    at: frozenset[int]
+    action: Callable[[int], None]
+
+
+@dataclass
+class Recorder:
+    """What checks listen to; every hook may be None."""
+
+    gradient: Callable[[str, dict[str, Tensor]], None] | None = None
+    visit: Callable[[int], None] | None = None
+    losses: list[dict[str, float]] = field(default_factory=list)
+
+
+class Trainer:
+    """Trains one distiller until its budget of student updates is spent. It is the `Step` that a method sees."""
+
+    def __init__(
+        self,
+        distiller: Distiller,
+        source: Source,
+        training: TrainingConfig,
+        seed: int,
+        *,
+        processes: Processes | None = None,
+        extras: Mapping[str, Source] | None = None,
+        folder: Path | None = None,
+        identity: str = "",
+        milestones: Sequence[Milestone] = (),
+        recorder: Recorder | None = None,
+        clock: Clock | None = None,
+        track: Callable[[dict[str, float], int], None] | None = None,
+    ) -> None:
+        """Move the distiller to its device and set its modes.
+
+        Args: `folder` receives `steps.jsonl` and `checkpoint/`; None writes nothing. `identity` marks
+        the checkpoints.
+        Raises: ValueError when a trainable parameter is in no group or in two.
+        """
+        self.distiller, self.source, self.training, self.seed = distiller, source, training, seed
+        self.processes = processes or Processes(solo=True)
+        self.extras = dict(extras or {})
+        self.folder, self.milestones, self.recorder, self.track = folder, milestones, recorder, track
+        self.clock = clock or Clock()
+        self.total = training.optimizer_steps
+        self.rollout_batch = training.rollout_batch or training.batch_size
+        self.micro_batch = training.micro_batch or training.batch_size
+        self.updates = 0
+        self.visit = 0
+        self.counters: dict[str, float] = {"prompts": 0.0, "tokens_seen": 0.0, "tokens_sampled": 0.0}
+        self.best: dict[str, Any] = {}
+        self._orders: dict[str, Order] = {}
+        self._drawn: dict[str, int] = {}
+        self._terms: dict[str, Tensor | float] = {}
+        self._counted: dict[str, float] = {}
+        self._group: str | None = None
+        self._log_bytes = 0
+        self._preparing = False
+        distiller.to(self.processes.device)
+        self._set_modes()
+        self.optimizers = {name: self._optimizer(group) for name, group in distiller.groups().items()}
+        self._check_groups()
+        self.checkpoints = None
+        if folder is not None:
+            self.checkpoints = Checkpoints(folder / "checkpoint", identity, self.processes)
+
+    # ------------------------------------------------------------------ what a method sees (the `Step` protocol)
+    @property
+    def index(self) -> int:
+        """The number (1..T) of the student's update that comes next."""
+        return self.updates + 1
+
+    @property
+    def progress(self) -> float:
+        """The finished share of the student's updates."""
+        return self.updates / max(self.total, 1)
+
+    def rng(self, name: str) -> torch.Generator:
+        """A CPU generator fixed by seed, name and visit."""
+        return generator(self.seed, "method/" + name, self.visit)
+
+    def all_sum(self, value: Tensor) -> Tensor:
+        """The sum of `value` over processes."""
+        return self.processes.all_sum(value)
+
+    def count(self, name: str, amount: float) -> None:
+        """Add to a counter of the budget; visits sum it over processes."""
+        self._counted[name] = self._counted.get(name, 0.0) + amount
+
+    def log(self, **terms: Tensor | float) -> None:
+        """Write terms of this update; inside a loss they are summed over micro-batches."""
+        for name, value in terms.items():
+            key = f"{self._group}/{name}" if self._group else name
+            value = value.detach().double() if isinstance(value, Tensor) else float(value)
+            self._terms[key] = self._terms.get(key, 0.0) + value if self._group else value
+
+    def extra(self, name: str) -> Batch | None:
+        """Return the next batch of the board's extra rows `name`, or None where the board has none."""
+        if name not in self.extras:
+            return None
+        return self._draw("extra/" + name, self.extras[name])
+
+    def update(self, group: str, loss: Callable[[Any, Any], Tensor], batch: Batch | Parts) -> None:
+        """Descend `loss` once in the parameters of `group` and of no other group.
+
+        The batch is cut into micro-batches, gradients are summed over them and over processes, then the
+        group steps. Raises: ValueError for an unknown group, Diverged when loss or gradient is not finite.
+        """
+        if group not in self.optimizers:
+            raise ValueError(f"update: no group '{group}'. Known: {', '.join(self.optimizers)}")
+        if self._preparing and group == "student":
+            raise ValueError("prepare may not update the group 'student': the budget counts its updates")
+        optimizer = self.optimizers[group]
+        with phase("update"):
+            for name, other in self.optimizers.items():
+                for param in other.params.values():
+                    param.requires_grad_(name == group)
+            value, totals = self._accumulate(group, loss, batch)
+            norm = self._reduce(optimizer)
+            if not (math.isfinite(value) and math.isfinite(norm)):
+                raise Diverged(f"update {self.index} of '{group}': loss {value}, gradient norm {norm}")
+            self._terms[f"{group}/loss"], self._terms[f"{group}/grad_norm"] = value, norm
+            if self.recorder and self.recorder.gradient:
+                gradients = {n: p.grad.detach().clone() for n, p in optimizer.params.items() if p.grad is not None}
+                self.recorder.gradient(group, gradients)
+            self._descend(optimizer, norm)
+        if group == "student":
+            self._student_updated(totals)
+
+    # ------------------------------------------------------------------------------------------- one update
+    def _accumulate(
+        self, group: str, loss: Callable[[Any, Any], Tensor], batch: Batch | Parts
+    ) -> tuple[float, list[Totals]]:
+        """Sum the gradients of micro-batches; return the loss over all processes and the parts' counts."""
+        parts = {"": batch} if isinstance(batch, Batch) else dict(batch)
+        totals = {name: self._whole(part) for name, part in parts.items()}
+        size = max(part.size for part in parts.values())
+        pieces = 1 if self.distiller.couples_examples else math.ceil(size / self.micro_batch)
+        cuts = {name: torch.arange(part.size).tensor_split(max(pieces, 1)) for name, part in parts.items()}
+        value = torch.zeros((), dtype=torch.float64, device=self.processes.device)
+        before: dict[str, Tensor | float] = {k: v for k, v in self._terms.items() if not k.startswith(group + "/")}
+        self._terms = {}
+        self._group = group
+        try:
+            for piece in range(pieces):
+                micro = {n: self._micro(part, cuts[n][piece], totals[n], pieces) for n, part in parts.items()}
+                if not any(part.size for part in micro.values()):
+                    continue
+                with self.processes.autocast():
+                    term = loss(micro[""] if isinstance(batch, Batch) else micro, self)
+                if term.requires_grad:
+                    term.backward()
+                value += term.detach().double()
+        finally:
+            self._group = None
+        for terms in self._from_all({name: float(term) for name, term in self._terms.items()}):
+            for name, amount in terms.items():
+                before[name] = before.get(name, 0.0) + amount
+        self._terms = before
+        return float(self.processes.all_sum(value)), list(totals.values())
+
+    def _from_all(self, mine: dict[str, float]) -> list[dict[str, float]]:
+        """Return the dict of every process, this one's alone where there is one."""
+        if self.processes.world == 1:
+            return [mine]
+        found: list[Any] = [None] * self.processes.world
+        torch.distributed.all_gather_object(found, mine)
+        return found
+
+    def _whole(self, part: Batch) -> Totals:
+        counts = part.with_totals(None).counts()
+        summed = self.processes.all_sum(torch.tensor([counts.tokens, counts.examples], dtype=torch.float64))
+        return Totals(float(summed[0]), float(summed[1]))
+
+    def _micro(self, part: Batch, cut: Tensor, totals: Totals, pieces: int) -> Batch:
+        rows = part.rows(cut)
+        if self.training.mean == "micro_batch":
+            own, parts = rows.with_totals(None).counts(), pieces * self.processes.world
+            totals = Totals(own.tokens * parts, own.examples * parts)
+        return rows.with_totals(totals)
+
+    def _reduce(self, optimizer: _Optimizer) -> float:
+        """Sum the group's gradients over processes and return their norm."""
+        params = list(optimizer.params.values())
+        if self.processes.world > 1:
+            for param in params:
+                param.grad = torch.zeros_like(param) if param.grad is None else param.grad
+                torch.distributed.all_reduce(param.grad)
+        gradients = [param.grad for param in params if param.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+
+    def _descend(self, optimizer: _Optimizer, norm: float) -> None:
+        clip = self.training.grad_clip
+        if clip is not None and norm > clip:
+            for param in optimizer.params.values():
+                if param.grad is not None:
+                    param.grad.mul_(clip / norm)
+        for entry in optimizer.adam.param_groups:
+            entry["lr"] = self._lr(optimizer.settings)
+        optimizer.adam.step()
+        optimizer.adam.zero_grad(set_to_none=True)
+        optimizer.updates += 1
+
+    def _lr(self, group: Group) -> float:
+        """The learning rate of the next update: linear warm-up, then the schedule down to its least share."""
+        peak = self.training.lr if group.lr is None else group.lr
+        warmup = self.training.warmup_steps if group.warmup_steps is None else group.warmup_steps
+        schedule = group.schedule or self.training.schedule
+        if self.index <= warmup:
+            return peak * self.index / warmup
+        done = (self.index - 1 - warmup) / max(self.total - warmup, 1)
+        least = self.training.min_lr_ratio
+        if schedule == "constant":
+            return peak
+        falling = 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        return peak * (least + (1 - least) * falling)
+
+    def _student_updated(self, totals: Sequence[Totals]) -> None:
+        lr = self._lr(self.optimizers["student"].settings)
+        self.updates += 1
+        self.counters["tokens_seen"] += sum(part.tokens for part in totals)
+        self.counters["prompts"] += max(part.examples for part in totals)
+        line = {"step": self.updates, "lr": lr, **{name: float(value) for name, value in self._terms.items()}}
+        self._terms = {}
+        if self.recorder:
+            self.recorder.losses.append(line)
+        if self.updates % self.training.log_every == 0 or self.updates == self.total:
+            self._write(line)
+        for milestone in self.milestones:
+            if self.updates in milestone.at:
+                milestone.action(self.updates)
+        if self.updates >= self.total:
+            raise _BudgetSpent
+
+    # ------------------------------------------------------------------------------------------------ the loop
+    def fit(self, progress: bool = False, label: str = "") -> None:
+        """Train until the budget is spent, from the newest checkpoint where there is one.
+
+        Raises: Diverged; RuntimeError when the method never updates the student; UserError for a bad checkpoint.
+        """
+        with running(self.clock):
+            self.resume()
+            bar = tqdm(total=self.total, initial=self.updates, desc=label, unit="step", disable=not progress)
+            idle, saved = 0, self.updates
+            while self.updates < self.total:
+                before = self.updates
+                self.one_visit()
+                bar.update(self.updates - before)
+                idle = 0 if self.updates > before else idle + 1
+                if idle > IDLE_VISITS:
+                    raise RuntimeError(f"{idle} visits in a row made no update of the group 'student'")
+                every = self.training.checkpoint_every
+                if every and (self.updates - saved >= every or self.updates >= self.total):
+                    self.save()
+                    saved = self.updates
+            bar.close()
+
+    def one_visit(self) -> None:
+        """Give the distiller its next batch."""
+        torch.manual_seed(stream_seed(self.seed, "torch", self.visit, self.processes.rank))
+        self._set_modes()
+        batch = self._draw("order", self.source)
+        if self.training.position_offset:
+            u = uniform(stream_seed(self.seed, "offset"), batch["example_id"], self.visit, 0)
+            batch = batch.replace(position_offset=(u * (self.training.position_offset + 1)).long())
+        try:
+            self.distiller.train_step(batch, self)  # type: ignore[arg-type]
+        except _BudgetSpent:
+            pass
+        finally:
+            self._set_trainable()
+        for counted in self._from_all(self._counted):
+            for name, amount in counted.items():
+                self.counters[name] = self.counters.get(name, 0.0) + amount
+        self._counted = {}
+        self.visit += 1
+        if self.recorder and self.recorder.visit:
+            self.recorder.visit(self.visit)
+
+    def prepare(self, data: Any) -> Mapping[str, Batch] | None:
+        """Let the distiller make what its training needs; the student may not be updated."""
+        self._preparing = True
+        try:
+            with running(self.clock), phase("prepare"):
+                return self.distiller.prepare(data, self)  # type: ignore[arg-type]
+        finally:
+            self._preparing = False
+            self._set_trainable()
+
+    def _draw(self, name: str, source: Source) -> Batch:
+        order = self._orders.setdefault(name, Order(self.seed, name, len(source)))
+        start = self._drawn.get(name, 0)
+        self._drawn[name] = start + self.training.batch_size
+        with phase("data"):
+            return share(source, order.take(start, self.training.batch_size), self.processes)
+
+    def _set_modes(self) -> None:
+        """Eval mode everywhere, which switches dropout off; the student alone may be told to keep its own."""
+        self.distiller.eval()
+        if self.training.student_dropout:
+            self.distiller.student.train()
+
+    def _set_trainable(self) -> None:
+        for optimizer in self.optimizers.values():
+            for param in optimizer.params.values():
+                param.requires_grad_(True)
+
+    # ---------------------------------------------------------------------------------------------- optimizers
+    def _optimizer(self, group: Group) -> _Optimizer:
+        params = dict(group.params)
+        decay = self.training.weight_decay if group.weight_decay is None else group.weight_decay
+        kept = [n for n in params if any(part in n for part in self.training.no_decay)]
+        adam = torch.optim.AdamW(
+            [
+                {"params": [p for n, p in params.items() if n not in kept], "weight_decay": decay},
+                {"params": [params[n] for n in kept], "weight_decay": 0.0},
+            ],
+            lr=self.training.lr,
+            betas=group.betas or self.training.betas,
+            eps=self.training.eps,
+            fused=True,
+        )
+        return _Optimizer(params, adam, group)
+
+    def _check_groups(self) -> None:
+        names = {id(param): name for name, param in self.distiller.named_parameters() if param.requires_grad}
+        found: dict[int, str] = {}
+        for group, optimizer in self.optimizers.items():
+            for param in optimizer.params.values():
+                if id(param) in found:
+                    name = names.get(id(param), "a parameter")
+                    raise ValueError(f"{name} is in the groups {found[id(param)]} and {group}")
+                found[id(param)] = group
+        missing = [name for key, name in names.items() if key not in found]
+        if missing:
+            raise ValueError(f"trainable parameters in no group: {', '.join(missing[:5])}")
+        if "student" not in self.optimizers:
+            raise ValueError("groups() has no group 'student'; the budget counts its updates")
+
+    # --------------------------------------------------------------------------------------- what survives a kill
+    def stores(self) -> dict[str, Store]:
+        """The distiller's buffers of rows by attribute name."""
+        return {name: value for name, value in vars(self.distiller).items() if isinstance(value, Store)}
+
+    def shared_tensors(self) -> dict[str, Tensor]:
+        """Trained parameters, registered buffers and optimizer states by name."""
+        tensors: dict[str, Tensor] = {f"buffer/{n}": b for n, b in self.distiller.named_buffers()}
+        for group, optimizer in self.optimizers.items():
+            for name, param in optimizer.params.items():
+                tensors[f"param/{group}/{name}"] = param
+                for key, value in optimizer.adam.state.get(param, {}).items():
+                    tensors[f"adam/{group}/{key}/{name}"] = torch.as_tensor(value)
+        return tensors
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """The rows in the distiller's stores, which differ between processes."""
+        return {
+            f"{name}/{i}/{key}": value
+            for name, store in self.stores().items()
+            for i, batch in enumerate(store.batches())
+            for key, value in batch.items()
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What else a resumed training needs, as JSON."""
+        return {
+            "updates": self.updates,
+            "visit": self.visit,
+            "group_updates": {name: optimizer.updates for name, optimizer in self.optimizers.items()},
+            "counters": self.counters,
+            "drawn": self._drawn,
+            "best": self.best,
+            "terms": {name: float(value) for name, value in self._terms.items()},
+            "log_bytes": self._log_bytes,
+            "distiller": self.distiller.state,
+            "clock": self.clock.state(),
+        }
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        if self.checkpoints:
+            with phase("checkpoint"):
+                self.checkpoints.save(self.updates, self.shared_tensors(), self.own_tensors(), self.state())
+
+    def resume(self) -> None:
+        """Go back to the newest checkpoint, and cut the log to its length.
+
+        Raises: UserError for a checkpoint that is torn, foreign, or lacks a tensor.
+        """
+        found = self.checkpoints.load() if self.checkpoints else None
+        if found is None:
+            self._cut_log(0)
+            return
+        shared, own, state = found
+        self.load_tensors(shared, own)
+        self.updates, self.visit = state["updates"], state["visit"]
+        self.counters, self._drawn, self.best = state["counters"], state["drawn"], state["best"]
+        self._terms, self.distiller.state = dict(state["terms"]), state["distiller"]
+        for name, count in state["group_updates"].items():
+            self.optimizers[name].updates = count
+        self.clock.load(state["clock"])
+        self._cut_log(state["log_bytes"])
+
+    def load_tensors(self, shared: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+        """Put back what `shared_tensors` and `own_tensors` gave."""
+        device = self.processes.device
+        with torch.no_grad():
+            for name, buffer in self.distiller.named_buffers():
+                buffer.copy_(shared[f"buffer/{name}"])
+            for group, optimizer in self.optimizers.items():
+                for name, param in optimizer.params.items():
+                    param.copy_(shared[f"param/{group}/{name}"])
+            for key, value in shared.items():
+                if key.startswith("adam/"):
+                    _, group, entry, name = key.split("/", 3)
+                    optimizer = self.optimizers[group]
+                    optimizer.adam.state[optimizer.params[name]][entry] = value.to(device).clone()
+        batches: dict[tuple[str, int], dict[str, Tensor]] = {}
+        for key, value in own.items():
+            attribute, number, name = key.split("/", 2)
+            batches.setdefault((attribute, int(number)), {})[name] = value.to(device)
+        for store in self.stores().values():
+            store.clear()
+        for (name, _), fields in sorted(batches.items()):
+            self.stores()[name].add(Batch(fields))
+
+    # ------------------------------------------------------------------------------------------------- the log
+    def _write(self, line: dict[str, float]) -> None:
+        if self.track and self.processes.is_main:
+            self.track(line, self.updates)
+        if self.folder is None or not self.processes.is_main:
+            return
+        text = json.dumps(line) + "\n"
+        with (self.folder / "steps.jsonl").open("a") as file:
+            file.write(text)
+        self._log_bytes += len(text)
+
+    def _cut_log(self, length: int) -> None:
+        self._log_bytes = length
+        if self.folder is None or not self.processes.is_main:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "steps.jsonl").open("a") as file:
+            os.truncate(file.fileno(), length)
+
+
+class SourceData:
+    """The rows that `prepare` may read: `batches("train")` in order, with a progress bar."""
+
+    def __init__(
+        self, sources: Mapping[str, Source], batch_size: int, device: torch.device, progress: bool = False
+    ) -> None:
+        self._sources, self._size, self._device, self._progress = sources, batch_size, device, progress
+
+    def batches(self, split: str, batch_size: int | None = None) -> Iterator[Batch]:
+        """Yield all rows of `split` in order. Raises: ValueError for an unknown split."""
+        if split not in self._sources:
+            raise ValueError(f"prepare: no rows '{split}'. Known: {', '.join(self._sources)}")
+        source, size = self._sources[split], batch_size or self._size
+        for start in tqdm(range(0, len(source), size), desc=f"prepare {split}", disable=not self._progress):
+            yield source.batch(range(start, min(start + size, len(source)))).to(self._device)

@@ -1,0 +1,49 @@
+"""This process among those of one run: device, sums over processes, and who writes."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+
+class Processes:
+    """The processes that share one training run; `solo` is this process alone, however it was launched."""
+
+    def __init__(self, device: str = "cpu", precision: str = "fp32", solo: bool = False) -> None:
+        self._state: Any = None
+        if not solo and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            self._state = PartialState(cpu=device == "cpu")
+        self.rank: int = self._state.process_index if self._state else 0
+        self.world: int = self._state.num_processes if self._state else 1
+        self.device: torch.device = self._state.device if self._state else torch.device(device)
+        self.precision = precision
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    def all_sum(self, value: Tensor) -> Tensor:
+        """Return the sum of `value` over processes, on the device of `value`."""
+        if self.world > 1:
+            summed = value.detach().clone().to(self.device)
+            torch.distributed.all_reduce(summed)
+            return summed.to(value.device)
+        return value
+
+    def wait(self) -> None:
+        """Return when every process has come here."""
+        if self._state:
+            self._state.wait_for_everyone()
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The context of forward passes: bfloat16 matrix products where the precision is `bf16`."""
+        if self.precision == "bf16":
+            cast: AbstractContextManager[None] = torch.autocast(self.device.type, torch.bfloat16)
+            return cast
+        return nullcontext()
