@@ -7,25 +7,27 @@ What a collector must deliver to `write_evidence`: flat columns (`COLUMNS`), one
 For a prompt x of m tokens and a response y of n >= 1 tokens *including the end token if it was produced*:
 
     response rows   position t = 0..n-1, token = y_t, alive = True, context = False. All values belong to the
-                    two next-token distributions that PREDICT y_t, i.e. given x and y_0..y_{t-1}. Position 0 is
-                    the first response token, its distributions are those at the last prompt token. A response
-                    that ended has the end token in its last row.
+                    two next-token distributions that PREDICT y_t, i.e. given x and y_0..y_{t-1}. Position 0
+                    is the first response token, its distributions are those at the last prompt token. A
+                    response that ended has the end token in its last row.
     extra row       only for a response without end token (cut at max_new_tokens): position n, token = -1,
-                    alive = False, context = False: the distributions given all of x and y. `student_log_prob`,
-                    `teacher_log_prob` are NaN and `teacher_rank` is -1 there, all other values are real.
-    context rows    optional; for draw 0 of each roll-in only (they depend on neither): prompt token i = 1..m-1
-                    (the first has no prediction) at position i - m, token = x_i, alive = False, context = True.
+                    alive = False, context = False: the distributions given all of x and y. There
+                    `student_log_prob`, `teacher_log_prob` are NaN and `teacher_rank` is -1, the rest is real.
+    context rows    optional; for draw 0 of each roll-in only (they depend on neither): prompt token
+                    i = 1..m-1 (the first has no prediction) at position i - m, token = x_i, alive = False,
+                    context = True.
 
     roll_in         who wrote y: 'student', 'teacher' or 'reference' (text cut and ended like a sample)
     example_id      the prompt; draw = 0..S-1, every prompt has the same number of draws within a roll-in
     student_log_prob, teacher_log_prob      log q(y_t), log p(y_t)
     forward_kl, reverse_kl, jsd, total_variation    KL(p||q), KL(q||p), JSD (beta 0.5), TV: finite, >= 0
     student_entropy, teacher_entropy        nats
-    top1_agree      argmax q == argmax p;  teacher_rank: number of tokens with p(v) > p(y_t), 0 = the teacher's first
+    top1_agree      argmax q == argmax p
+    teacher_rank    number of tokens v with p(v) > p(y_t); 0 for the teacher's first choice
 
 One file holds one student under all its roll-ins: `final.parquet` under student, teacher and (where there is
-reference text) reference; a snapshot needs student and teacher roll-ins for ExAccErr, with the student's alone
-only the accumulated error is known. Positions are 0-based here; a length l counts positions 0..l-1.
+reference text) reference; a snapshot needs student and teacher roll-ins for ExAccErr, with the student's
+alone only the accumulated error is known. Positions are 0-based here; a length l counts positions 0..l-1.
 """
 
 import hashlib
@@ -70,9 +72,9 @@ class Manifest:
     """What the rows were made from; two files may be compared in pairs only where all but the student agree.
 
     `prompts_sha256`: `prompts_hash` of the prompts. `decoding`: 'max_new_tokens', 'temperature', 'top_k',
-    'top_p', 'no_repeat_ngram'. `models`: content hash by role, 'student' and 'teacher'. `dtype` of the forwards.
-    `seed` of the sampling streams. `profile`: the decoding profile's name, 'plain' or 'minillm' (6-gram ban).
-    `step`: optimizer step of a snapshot, None for the finished student.
+    'top_p', 'no_repeat_ngram'. `models`: content hash by role, 'student' and 'teacher'. `dtype` of the
+    forwards. `seed` of the sampling streams. `profile`: the decoding profile's name, 'plain' or 'minillm'
+    (6-gram ban). `step`: optimizer step of a snapshot, None for the finished student.
     """
 
     profile: str
@@ -95,9 +97,9 @@ def prompts_hash(prompts: Sequence[tuple[int, Sequence[int]]]) -> str:
 
 
 class Evidence:
-    """Evidence in memory: `manifest`, and per column one array [rows], sorted by roll-in, example, draw, position.
+    """Evidence in memory: `manifest` and `columns`, one array [rows] each.
 
-    `roll_in` is [rows] int8, an index into `ROLL_INS`.
+    Rows are in order of roll-in, example, draw, position; `roll_in` is [rows] int8, an index into `ROLL_INS`.
     """
 
     def __init__(self, columns: Mapping[str, Array], roll_in: Array, manifest: Manifest) -> None:
@@ -123,9 +125,10 @@ class Evidence:
         return out
 
     def matrix(self, roll_in: str, column: str) -> tuple[Array, Array, Array]:
-        """(values [P*S, T], alive [P*S, T] bool, example_id [P*S]): column t is position t, 0 where not alive.
+        """(values [P*S, T], alive [P*S, T] bool, example_id [P*S]).
 
-        Responses are in order of example_id, then draw; T is the longest response of this roll-in.
+        Column t is position t; values are 0 where not alive. Responses are in order of example_id, then draw;
+        T is the longest response of this roll-in.
         """
         rows, response, examples = self._rows(roll_in)
         keep = self.columns["alive"][rows]
@@ -136,7 +139,7 @@ class Evidence:
         return self._spread(rows, response, at, column, len(examples), width), alive, examples
 
     def after(self, roll_in: str, column: str) -> tuple[Array, Array, Array]:
-        """As `matrix`, but column j holds the distributions *after* response token j was read (position j + 1).
+        """As `matrix`, but column j is position j + 1: the distributions *after* response token j was read.
 
         `alive` [P*S, J] is True where token j exists and is not the end token: positions 1..n-1 of a response
         that ended, 1..n (the extra row) of one that was cut. These are the rows of MiniLLM's script.
@@ -189,12 +192,13 @@ def _check(columns: Mapping[str, Array], roll_in: Array, where: str) -> None:
     for name in (*DIVERGENCES, "student_entropy", "teacher_entropy"):
         refuse(~np.isfinite(columns[name]) | (columns[name] < 0), f"{name} is negative or not finite")
     for name in ("student_log_prob", "teacher_log_prob"):
-        refuse(~extra & (~np.isfinite(columns[name]) | (columns[name] > 1e-6)), f"{name} is no log-probability")
+        bad = ~np.isfinite(columns[name]) | (columns[name] > 1e-6)
+        refuse(bad & ~extra, f"{name} is no log-probability")
     for code in np.unique(roll_in):
         examples = columns["example_id"][first & (roll_in == code)]
         _, counts = np.unique(examples, return_counts=True)
         if counts.min() != counts.max():
-            raise RecordError(f"{where}: prompts have different numbers of draws under {ROLL_INS[code]} roll-in.")
+            raise RecordError(f"{where}: prompts differ in draws under {ROLL_INS[code]} roll-in.")
 
 
 def _sorted(columns: Mapping[str, Array], roll_in: Array) -> tuple[dict[str, Array], Array]:
@@ -203,7 +207,7 @@ def _sorted(columns: Mapping[str, Array], roll_in: Array) -> tuple[dict[str, Arr
 
 
 def write_evidence(path: Path, columns: Mapping[str, Any], manifest: Manifest) -> None:
-    """Writes `columns` (name -> [rows], the names of `COLUMNS` and `roll_in` as text) and the manifest beside it.
+    """Writes `columns` (name -> [rows]; `COLUMNS`, and `roll_in` as text) and the manifest beside them.
 
     Values that are negative by rounding only (down to -1e-4) are set to 0. The manifest is `path` with suffix
     .json and is written last, so evidence is complete when `read_evidence` accepts it.

@@ -65,10 +65,10 @@ class Score:
     """One number of one run, with what is needed to compute it again on resampled prompts.
 
     `estimator` names a function of `kdbench.estimators.ESTIMATORS`; `arrays` maps the names of its inputs to
-    names in scores.npz, `args` holds its scalar arguments. Two entries of `arrays` are not inputs only: `prompt`
-    ([P] int64, which prompt a row belongs to) and `stratum` ([P] int64, the set that it was drawn from);
-    resampling is paired over `prompt` and done within each `stratum`. `value` is None where the estimator is
-    not defined on the data; `detail` then says why. `n` counts the independent units (prompts).
+    names in scores.npz, `args` holds its scalar arguments. Two entries of `arrays` are not inputs only:
+    `prompt` ([P] int64, which prompt a row belongs to) and `stratum` ([P] int64, the set that it was drawn
+    from); resampling is paired over `prompt` and done within each `stratum`. `value` is None where the
+    estimator is not defined on the data; `detail` then says why. `n` counts the independent units (prompts).
     """
 
     value: float | None
@@ -102,8 +102,8 @@ class RunRecord:
     distiller, task, models     name and revision each; models by role ('student', 'teacher', ...)
     seed          the training seed; axes: the value of each axis of the board ({} where it has none)
     config        the resolved config, as in config.json
-    environment   'commit' (str), 'dirty' (bool), 'torch', 'transformers', 'python' (version strings), 'device'
-                  (e.g. 'cpu' or the GPU's name), 'threads' (int); nothing that names the host or a user
+    environment   'commit' (str), 'dirty' (bool), 'torch', 'transformers', 'python' (version strings),
+                  'device' ('cpu' or the GPU's name), 'threads' (int); nothing that names the host or a user
     budget        numbers: 'optimizer_steps' (of the student), 'prompts', 'tokens_seen', 'tokens_sampled',
                   'init_steps' (optimizer steps of the common student init), more where useful
     phases        'prepare', 'rollout', 'update', 'evaluate', ...; disjoint, so that they may be added
@@ -213,8 +213,12 @@ def save_arrays(path: Path, arrays: "Mapping[str, np.ndarray[Any, Any]]") -> str
     """Writes `arrays` (no object dtypes) as a compressed .npz, atomically; returns the file's SHA-256."""
     import numpy as np
 
+    for name, array in arrays.items():
+        if array.dtype.hasobject:
+            raise RecordError(f"{path}: array '{name}' holds Python objects, not numbers or text.")
     with atomic(path) as file:
-        np.savez_compressed(file, allow_pickle=False, **dict(sorted(arrays.items())))
+        content: dict[str, Any] = dict(sorted(arrays.items()))
+        np.savez_compressed(file, **content)
     return sha256(path)
 
 
@@ -335,7 +339,7 @@ class _Reader:
 
 
 def validate(data: Any, where: str = "record") -> RunRecord:
-    """The record in `data` (parsed JSON). Raises RecordError with `where` and the first thing that is wrong."""
+    """The record in `data` (parsed JSON). Raises RecordError with `where` and the first thing found wrong."""
     top = _Reader(data, where)
     schema = top.whole("schema") if "schema" in top.data else None
     if schema is None:
@@ -352,7 +356,9 @@ def validate(data: Any, where: str = "record") -> RunRecord:
         raise top.fail("status", f"should be one of {', '.join(STATUSES)}, is '{status}'")
     if status != "done" and not reason:
         raise top.fail("reason", f"is empty, a {status} run needs one")
-    budget = {key: _Reader({key: value}, where, "budget").number(key) for key, value in top.table("budget").items()}
+    budget = {
+        key: _Reader({key: value}, where, "budget").number(key) for key, value in top.table("budget").items()
+    }
     notes = top.data.get("notes", [])
     if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
         raise top.fail("notes", "should be a list of texts")
@@ -384,7 +390,7 @@ def validate(data: Any, where: str = "record") -> RunRecord:
 
 
 def load(path: Path) -> RunRecord:
-    """The record in the file `path`. Raises RecordError, naming the file and what is wrong, and nothing else."""
+    """The record in the file `path`. Raises only RecordError, which names the file and what is wrong."""
     return validate(read_json(path), str(path))
 
 
@@ -428,10 +434,10 @@ class RunFolder:
     def outputs(self, set_name: str) -> list[dict[str, Any]]:
         """outputs/<set_name>.jsonl, one object per prompt and generation seed:
 
-        `example_id` (int), `set` (text), `seed` (int, the generation seed), `prompt`, `response` (texts, decoded
-        without special tokens), `references` (list of texts), `tokens` (int, response tokens including the end
-        token), `finished` (bool, the end token was produced). Optional `scored_by`: `exact_match` keeps the set
-        out of the mean ROUGE-L over sets.
+        `example_id` (int), `set` (text), `seed` (int, the generation seed), `prompt`, `response` (texts,
+        decoded without special tokens), `references` (list of texts), `tokens` (int, response tokens
+        including the end token), `finished` (bool, the end token was produced). Optional `scored_by`:
+        `exact_match` keeps the set out of the mean ROUGE-L over sets.
         """
         return read_jsonl(self.path / "outputs" / f"{set_name}.jsonl")
 
@@ -452,9 +458,9 @@ class RunFolder:
         return {} if expected is None else load_arrays(self.path / "scores.npz", expected)
 
     def add(self, name: str, version: int, analysis: Analysis) -> RunRecord:
-        """Puts an analysis' scores into record.json and its arrays into scores.npz, replacing its earlier ones.
+        """Puts an analysis' scores into record.json, its arrays into scores.npz, and returns the new record.
 
-        Killed in between, the two disagree, which loading says; running `add` again mends it.
+        What the same analysis had put there is replaced. Killed in between, the two disagree, which loading says; running `add` again mends it.
         """
         record, path = self.record, self.path / "scores.npz"
         prefix = f"{name}/"
