@@ -28,8 +28,9 @@ _ONE = {"distillers": "method", "tasks": "task", "analyses": "analysis"}
 # Modules of the spine that cannot move a number of a run. Every other module of `kdbench` enters the run id,
 # so that a new one is hashed until somebody says here that it need not be.
 NOT_HASHED = frozenset(
-    "__init__ __main__ board checks cli config errors estimators evidence gate paths record registry".split()
-)
+    ["__init__", "__main__", "board", "checks", "cli", "config", "errors", "estimators", "evidence", "gate",
+     "paths", "record", "registry", "strict"]
+)  # fmt: skip
 
 
 def folder(kind: Kind) -> Path:
@@ -118,11 +119,17 @@ def _the_one(module: ModuleType, base: type, what: str, name: str) -> type:
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__
     ]
-    own = [one for one in dict.fromkeys(own) if not any(other is not one and issubclass(other, one) for other in own)]
+    own = [
+        one
+        for one in dict.fromkeys(own)
+        if not any(other is not one and issubclass(other, one) for other in own)
+    ]
     if len(own) != 1:
         found = ", ".join(sorted(one.__name__ for one in own))
         told = f"defines {len(own)} ({found})" if own else "defines none"
-        raise UserError(f"{name}: a {what} file holds one class derived from {base.__name__}; this one {told}")
+        raise UserError(
+            f"{name}: a {what} file holds one class derived from {base.__name__}; this one {told}"
+        )
     return own[0]
 
 
@@ -153,8 +160,12 @@ def load_analysis(name: str) -> ModuleType:
     Raises: UserError for an unknown name, and for a plug-in file without these two.
     """
     module: Any = _load("analyses", name)
-    if not isinstance(getattr(module, "VERSION", None), int) or not callable(getattr(module, "analyze", None)):
-        raise UserError(f"{name}: an analysis file holds VERSION, a whole number, and a function analyze(run)")
+    if not isinstance(getattr(module, "VERSION", None), int) or not callable(
+        getattr(module, "analyze", None)
+    ):
+        raise UserError(
+            f"{name}: an analysis file holds VERSION, a whole number, and a function analyze(run)"
+        )
     return cast(ModuleType, module)
 
 
