@@ -35,14 +35,14 @@ def estimator(function: Estimator) -> Estimator:
 
 def _weighted(weights: Array, values: Array) -> Array:
     """sum_p weights[r, p] values[p, ...] in the precision of `weights`, returned as float64."""
-    total: Array = np.matmul(weights, values.astype(weights.dtype, copy=False))
-    return total.astype(np.float64)
+    return np.asarray(weights @ values.astype(weights.dtype, copy=False), dtype=np.float64)
 
 
 def _divide(numerator: Array, denominator: Array) -> Array:
     """numerator / denominator, NaN where the denominator is 0."""
     out = np.full(np.broadcast_shapes(numerator.shape, denominator.shape), np.nan)
-    return np.divide(numerator, denominator, out=out, where=denominator != 0)
+    np.divide(numerator, denominator, out=out, where=denominator != 0)
+    return out
 
 
 def excess(student: Array, teacher: Array) -> Array:
@@ -75,6 +75,13 @@ def stratified_mean(arrays: Arrays, weights: Array) -> Array:
     total = _weighted(weights, np.concatenate([member * values[:, None], member], axis=1))
     sets = member.shape[1]
     return np.asarray(_divide(total[:, :sets], total[:, sets:]).mean(axis=1))
+
+
+@estimator
+def stratum_mean(arrays: Arrays, weights: Array, stratum: int) -> Array:
+    """The weighted mean within one set; `values` [P], `stratum` [P] says which set."""
+    inside = arrays["stratum"] == stratum
+    return mean({"values": arrays["values"][inside]}, weights[:, inside])
 
 
 # ---------------------------------------------------------------------------------- conditional on running

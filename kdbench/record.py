@@ -460,7 +460,8 @@ class RunFolder:
     def add(self, name: str, version: int, analysis: Analysis) -> RunRecord:
         """Puts an analysis' scores into record.json, its arrays into scores.npz, and returns the new record.
 
-        What the same analysis had put there is replaced. Killed in between, the two disagree, which loading says; running `add` again mends it.
+        What the same analysis had put there is replaced. Killed in between, the two disagree, which loading
+        says; running `add` again mends it.
         """
         record, path = self.record, self.path / "scores.npz"
         prefix = f"{name}/"
