@@ -71,7 +71,7 @@ class ModelSpec:
 class TrainingConfig:
     """The optimizer's budget and numerics; shared by all rows of a board, a row may override some.
 
-    Source: the defaults are the shared recipe of PromptKD's code (AdamW, clip 1.0, no decay of norms, biases).
+    Source: the defaults are the shared recipe of PromptKD's code (AdamW, clip 1.0, no decay of biases).
     """
 
     optimizer_steps: int  # updates of the student
@@ -742,13 +742,13 @@ def resolve(
     """One run of a board: a row, or a registered method or plug-in file that becomes a row of its own.
 
     `overrides` are `section.key=value` with the section training, evaluation, evidence, select, task,
-    `method`, or the name of a method or row (then other rows are left alone). What they really change makes a
-    row of its own, named by it: `promptkd[prompt_length=5]`. With `settings_class` (the distiller's `Config`) and
-    `task_settings_class` the settings are checked and completed by their defaults; without, they are kept as
-    given. Later ones win: size, row, the size's row, the tuned learning rate, overrides.
+    `method`, or the name of a method or row (then other rows are left alone). What they really change makes
+    a row of its own, named by it: `promptkd[prompt_length=5]`. With `settings_class` (the distiller's `Config`)
+    and `task_settings_class` the settings are checked and completed by their defaults; without, they are kept
+    as given. Later ones win: size, row, the size's row, the tuned learning rate, overrides.
 
-    Raises: UserError for an unknown size, row, method, task, analysis, role, section or setting, a wrong type,
-    a missing model, and an override of the budget on a board whose budgets are equal.
+    Raises: UserError for an unknown size, row, method, task, analysis, role, section or setting, a wrong
+    type, a missing model, and an override of the budget on a board whose budgets are equal.
     """
     if size not in board.sizes:
         raise unknown("size", size, board.sizes, board.id)
@@ -973,7 +973,7 @@ def library_versions() -> dict[str, str]:
 
 
 def run_id(run: RunConfig, code: str, versions: Mapping[str, str]) -> str:
-    """Twelve hexadecimal digits: a hash of resolved settings, of the code that moves numbers, and of libraries.
+    """Twelve hexadecimal digits: a hash of resolved settings, code that moves numbers, and libraries.
 
     `code` is `registry.code_hash` of `registry.code_files(run.methods, run.tasks)`; `versions` are
     `library_versions()`, and whatever else determines the run, such as the task's revision.

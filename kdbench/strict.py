@@ -1,4 +1,4 @@
-"""Dataclasses from tables, strictly: an unknown key or wrong type is refused, with its place and the nearest."""
+"""Dataclasses from tables, strictly: an unknown key or wrong type is refused with its place."""
 
 import dataclasses
 import json
