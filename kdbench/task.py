@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -47,15 +47,19 @@ _WITH_INPUT = (
 ) + _RESPONSE
 
 
-@dataclass(frozen=True)
-class Decode:
-    """How test responses are generated; the defaults are the papers' (with their ban on repeated 6-grams)."""
+class Decode(Protocol):
+    """How responses are generated: `kdbench.config.DecodeConfig`."""
 
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0
-    no_repeat_ngram: int = 6  # counted over prompt and response; 0: off
+    @property
+    def max_new_tokens(self) -> int: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def no_repeat_ngram(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,8 @@ class Task:
         self.data_root = data_root
         # per split: what was read, dropped and cut; goes into the record
         self.counts: dict[str, dict[str, int]] = {}
+        # per split: where its rows were read and the sha256 of what was read; goes into the record
+        self.origins: dict[str, dict[str, Any]] = {}
         self._loaded: dict[str, list[Row]] = {}
 
     def splits(self) -> list[str]:
@@ -189,8 +195,9 @@ class Task:
         """
         digest = hashlib.sha256(json.dumps([self.name, *self.rules()]).encode())
         for split in self.splits():
-            digest.update(f"\n{split}\n".encode())
-            for row in self.rows(split):
+            rows = self.rows(split)
+            digest.update(f"\n{split} {self.origins.get(split, {}).get('sha256', '')}\n".encode())
+            for row in rows:
                 digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())
         return digest.hexdigest()[:16]
 
@@ -278,10 +285,8 @@ class InstructionTask(Task):
         return Encoder(tokenizer, self.settings.max_prompt, self.settings.max_length)
 
     def prompt(self, row: Row) -> str:
-        """The row's prompt text: prefix, then the template filled in."""
-        template = _WITH_INPUT if row.get("input") else _WITHOUT_INPUT
-        filled = template.format(instruction=row["instruction"], input=row.get("input", ""))
-        return str(row.get("prefix", "")) + filled
+        """The row's prompt text: its prefix if it has one, then the template filled in."""
+        return template(row)
 
     def references(self, row: Row) -> list[str]:
         """All reference responses of a row; training uses the first."""
@@ -377,7 +382,7 @@ class InstructionTask(Task):
         out: list[dict[str, Any]] = []
         with tqdm(total=len(seeds) * len(rows), desc=f"generate {label}", disable=not progress) as bar:
             for seed in seeds:
-                draw = Draw(stream_seed(seed, f"outputs/{split}"), 0)
+                draw = Draw(stream_seed(seed, f"outputs/{split}"), rollout_batch=batch_size)
                 made: dict[int, dict[str, Any]] = {}
                 for chunk in chunks:
                     prompts = [items[i].prompt for i in chunk]
@@ -423,6 +428,17 @@ class InstructionTask(Task):
                 row["example_id"]: (row, item) for row, item in zip(rows, items, strict=True)
             }
         return self._encoded[key]
+
+
+def template(row: Row) -> str:
+    """The prompt of an instruction row: `prefix` if there is one, then the template with `instruction` and `input`.
+
+    Source: MiniLLM's and PromptKD's `process_data_dolly.py`, byte for byte; a missing or empty input has its own form.
+    """
+    form = _WITH_INPUT if row.get("input") else _WITHOUT_INPUT
+    return str(row.get("prefix", "")) + form.format(
+        instruction=row["instruction"], input=row.get("input", "")
+    )
 
 
 def causal_lm_batch(

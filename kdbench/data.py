@@ -1,0 +1,232 @@
+"""Data sets by name: where each comes from, what a local folder has of it, and reading its files.
+
+A set is a file `configs/data/<name>.toml`. It names the public source, the licence, and per split the file on the hub
+and the file in a local data folder with the sha256 of its (uncompressed) bytes. A local file may be gzipped.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+import tomllib
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kdbench.errors import UserError
+from kdbench.paths import configs_dir
+
+Row = dict[str, Any]
+
+ROOT_HELP = "pass --data-root DIR or set KDBENCH_DATA_ROOT"
+
+_MARKED = re.compile(r"### Instruction:\n(.*?)(?:\n\n### Input:\n(.*?))?\n\n### Response:\n?$", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One file of a set: `local` below the data folder, `hub_file` in the set's hub repository, or both.
+
+    Of a hub file the records `start` to `stop` (None: the end) are used; a local file is used whole. `records` and
+    `sha256` are those of the local file that published records were made with.
+    """
+
+    local: str | None = None
+    sha256: str = ""
+    records: int = 0
+    hub_file: str | None = None
+    start: int = 0
+    stop: int | None = None
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A named set; `kind` is "instruct" (JSONL) or "text". `parted_by` parts a text file into documents."""
+
+    name: str
+    kind: str
+    source: str
+    licence: str
+    note: str = ""
+    hub: str | None = None
+    parted_by: str | None = None
+    files: dict[str, DataFile] = field(default_factory=dict)
+
+
+def known(kind: str | None = None) -> dict[str, DataSet]:
+    """All sets that `configs/data` describes, by name; of one kind if given."""
+    sets = {}
+    for path in sorted((configs_dir() / "data").glob("*.toml")):
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        files = {split: DataFile(**entry) for split, entry in table.pop("files").items()}
+        sets[path.stem] = DataSet(name=path.stem, files=files, **table)
+    return {name: one for name, one in sets.items() if kind in (None, one.kind)}
+
+
+def local_file(root: Path, name: str) -> Path | None:
+    """The file `name` below `root`, or its gzipped form; None when there is neither."""
+    for path in (root / name, root / f"{name}.gz"):
+        if path.is_file():
+            return path
+    return None
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file, uncompressed when its name ends in .gz.
+
+    Raises: UserError when it cannot be read.
+    """
+    try:
+        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{path}: cannot be read: {reason}") from error
+
+
+def read_text(path: Path) -> tuple[str, str]:
+    """The text of a UTF-8 file and the sha256 of its uncompressed bytes.
+
+    Raises: UserError when it cannot be read or is not UTF-8.
+    """
+    content = read_bytes(path)
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: is not UTF-8 text") from error
+    return text, hashlib.sha256(content).hexdigest()
+
+
+def read_jsonl(path: Path) -> tuple[list[Row], str]:
+    """The instruction rows of a JSONL file and the sha256 of its uncompressed bytes; blank lines are skipped.
+
+    Raises: UserError with file and line for a line that is not JSON, lacks a field or has one of a wrong type; with
+    the file when it holds no record.
+    """
+    text, digest = read_text(path)
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            where = f"{path}:{number}"
+            try:
+                item = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{where}: is not JSON: {error}") from error
+            rows.append(instruction_row(item, where))
+    if not rows:
+        raise UserError(f"{path}: is empty: it holds no record")
+    return rows, digest
+
+
+def instruction_row(item: Any, where: str) -> Row:
+    """The fields of one record that a task reads: instruction, input, output, and `prefix` where there is one.
+
+    `input` may be missing or null (no input). A record that has a ready-made `prompt` in place of `instruction`, `<n>`
+    for newline, is taken apart at the template's headings.
+
+    Raises: UserError, beginning with `where`, for a missing or malformed field.
+    """
+    if not isinstance(item, dict):
+        raise UserError(f"{where}: must be a JSON object, is {_type(item)}")
+    if "instruction" not in item and isinstance(item.get("prompt"), str):
+        item = {**item, **_taken_apart(item["prompt"], where)}
+    for name in ("instruction", "output"):
+        if name not in item:
+            raise UserError(f"{where}: lacks the field '{name}'; it has: {', '.join(item) or 'nothing'}")
+    row: Row = {
+        "instruction": item["instruction"],
+        "input": item.get("input") or "",
+        "output": item["output"],
+    }
+    if item.get("prefix"):
+        row["prefix"] = item["prefix"]
+    for name, value in row.items():
+        if name != "output" and not isinstance(value, str):
+            raise UserError(f"{where}: '{name}' must be text, is {_type(value)}")
+    output = row["output"]
+    references = output if isinstance(output, list) else [output]
+    if not all(isinstance(one, str) for one in references):
+        raise UserError(f"{where}: 'output' must be text or a list of texts, is {_type(output)}")
+    if not references or not all(one.strip() for one in references):
+        raise UserError(f"{where}: 'output' is empty or has an empty reference")
+    if not row["instruction"].strip():
+        raise UserError(f"{where}: 'instruction' is empty")
+    return row
+
+
+def sources(data_root: Path | None, kinds: Iterable[str] = ("instruct", "text")) -> list[dict[str, str]]:
+    """One row per file of every known set, as text: what `kdbench list data` prints.
+
+    Columns: set, split, records, source, licence, hub, sha256 (of the uncompressed local file), local ("present", "other
+    content", "lacking", "no data root", or "hub only"), note.
+    """
+    wanted = set(kinds)
+    table = []
+    for one in known().values():
+        for split, file in one.files.items() if one.kind in wanted else ():
+            table.append(
+                {
+                    "set": one.name,
+                    "split": split,
+                    "records": str(file.records) if file.records else "",
+                    "source": one.source,
+                    "licence": one.licence,
+                    "hub": f"{one.hub}/{file.hub_file}" if file.hub_file else "",
+                    "sha256": file.sha256,
+                    "local": _presence(data_root, file),
+                    "note": one.note,
+                }
+            )
+    return table
+
+
+def fetch(repo: str, name: str) -> tuple[Path, str]:
+    """A file of a data set on the hub, downloaded once into its cache: its path and its commit.
+
+    Raises: UserError when it cannot be fetched.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = Path(hf_hub_download(repo, name, repo_type="dataset"))
+    except Exception as error:  # the hub's errors have no common base, and each means the same here
+        raise hub_error(repo, error) from error
+    parts = path.parts
+    return path, parts[parts.index("snapshots") + 1] if "snapshots" in parts else ""
+
+
+def hub_error(repo: str, error: Exception) -> UserError:
+    """The one line for whatever kept `repo` from being fetched."""
+    lines = str(error).strip().splitlines()
+    reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return UserError(f"{repo}: cannot be fetched from the hub ({reason}); or {ROOT_HELP} for a local copy")
+
+
+def _presence(root: Path | None, file: DataFile) -> str:
+    if file.local is None:
+        return "hub only"
+    if root is None:
+        return "no data root"
+    path = local_file(root, file.local)
+    if path is None:
+        return "lacking"
+    same = hashlib.sha256(read_bytes(path)).hexdigest() == file.sha256
+    return "present" if same else "other content"
+
+
+def _taken_apart(prompt: str, where: str) -> Row:
+    found = _MARKED.search(prompt.replace("<n>", "\n"))
+    if found is None:
+        raise UserError(
+            f"{where}: lacks the field 'instruction', and its 'prompt' is not in the template's form"
+        )
+    return {"instruction": found[1], "input": found[2] or ""}
+
+
+def _type(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")

@@ -1,0 +1,209 @@
+"""Plain text cut into chunks, for pretraining models from scratch.
+
+Documents are tokenised, joined with EOS after each, and cut into chunks of `max_length` tokens, as GPT-2 style
+pretraining data usually is. A chunk is a batch row with a prompt of one token, so that the ordinary supervised loss
+trains on every other token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from kdbench import data
+from kdbench.distiller import Batch
+from kdbench.errors import UserError, unknown
+from kdbench.task import Encoder, Row, Task, causal_lm_batch, template
+
+
+class Text(Task):
+    """Train and dev chunks of text corpora, and of instruction sets written out as text.
+
+    The last `dev_share` of each corpus is dev. `rows(split)` gives documents, `rows(split, encoder)` chunks.
+    """
+
+    name: ClassVar[str] = "text"
+
+    @dataclass
+    class Settings:
+        """Which corpora, by name (`kdbench list data`) or as a .txt file or a folder of them, and how they are cut."""
+
+        corpora: list[str] = field(
+            default_factory=lambda: [
+                "brown",
+                "grimm",
+                "gutenberg",
+                "inaugural",
+                "state-union",
+                "tinyshakespeare",
+                "wikitext-2",
+            ]
+        )
+        instruct: list[str] = field(
+            default_factory=list
+        )  # train parts of instruction sets, such as t0; or JSONL files
+        max_length: int = 512  # tokens of a chunk
+        dev_share: float = 0.01  # of each corpus, by characters, from its end
+        limit: int = 0  # characters of each corpus, from its beginning; 0: all
+
+    def __init__(self, settings: Any = None, data_root: Path | None = None) -> None:
+        super().__init__(settings, data_root)
+        cfg = self.settings
+        if not 0 < cfg.dev_share < 1:
+            raise UserError(f"task text: dev_share must lie between 0 and 1, is {cfg.dev_share}")
+        if cfg.max_length < 2:
+            raise UserError(f"task text: max_length must be at least 2 tokens, is {cfg.max_length}")
+        if not cfg.corpora and not cfg.instruct:
+            raise UserError("task text: no data: name a corpus in 'corpora' or a set in 'instruct'")
+        self._places = {name: self._locate(name, "text") for name in cfg.corpora}
+        self._places |= {name: self._locate(name, "instruct") for name in cfg.instruct}
+        self._chunks: dict[tuple[str, str], list[Row]] = {}
+
+    def rules(self) -> list[Any]:
+        return [1, self.settings.max_length, self.settings.dev_share]
+
+    def splits(self) -> list[str]:
+        return ["train", "dev"]
+
+    def load(self, split: str) -> list[Row]:
+        """The documents of a split: rows with `corpus` and `text`.
+
+        Raises: UserError for files that cannot be read.
+        """
+        rows: list[Row] = []
+        digest = hashlib.sha256()
+        for corpus, files in self._places.items():
+            documents = []
+            for path, parted_by in files:
+                texts, sha256 = _documents(path, parted_by)
+                documents += texts
+                digest.update(sha256.encode())
+            if self.settings.limit:
+                documents = _cut(documents, self.settings.limit)[0]
+            total = sum(map(len, documents))
+            train, dev = _cut(documents, total - max(1, round(total * self.settings.dev_share)))
+            rows += [{"corpus": corpus, "text": text} for text in (train if split == "train" else dev)]
+        self.origins[split] = {
+            "corpora": list(self._places),
+            "sha256": digest.hexdigest(),
+            "documents": len(rows),
+        }
+        return rows
+
+    def encoder(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+        """An encoder whose length limit is a chunk's; it has no use for a prompt's."""
+        return Encoder(tokenizer, 1, self.settings.max_length)
+
+    def select(self, split: str, encoder: Encoder) -> list[Row]:
+        """The chunks of a split: rows with `ids`, int64 [max_length]; the last is shorter, and left out below 2."""
+        key = (split, encoder.key)
+        if key not in self._chunks:
+            texts = [row["text"] for row in self.rows(split)]
+            parts: list[npt.NDArray[np.int64]] = []
+            step = 256
+            for start in tqdm(
+                range(0, len(texts), step), desc=f"tokenise {split} text", disable=len(texts) < step
+            ):
+                for ids in encoder.ids(texts[start : start + step]):
+                    parts.append(np.asarray([*ids, encoder.eos], dtype=np.int64))
+            stream = np.concatenate(parts)
+            width = self.settings.max_length
+            cut = [stream[start : start + width] for start in range(0, len(stream), width)]
+            kept = [ids for ids in cut if len(ids) >= 2]
+            if not kept:
+                raise UserError(
+                    f"task text: the {split} split holds {len(stream)} tokens, too few for a chunk"
+                )
+            self._chunks[key] = [{"example_id": i, "split": split, "ids": ids} for i, ids in enumerate(kept)]
+        chunks = self._chunks[key]
+        tokens = sum(len(row["ids"]) for row in chunks)
+        self.counts[split] = {"documents": len(self.rows(split)), "chunks": len(chunks), "tokens": tokens}
+        return chunks
+
+    def texts(self, split: str) -> Iterator[str]:
+        for row in self.rows(split):
+            yield row["text"]
+
+    def collate(self, rows: Sequence[Row], encoders: Mapping[str, Encoder]) -> Batch:
+        """Chunks as a Batch: `prompt_length` 1, `length` the chunk's."""
+        ids = [row["ids"] for row in rows]
+        return causal_lm_batch(
+            [row["example_id"] for row in rows], ids, [1] * len(rows), encoders["student"].eos
+        )
+
+    def _locate(self, name: str, kind: str) -> list[tuple[Path, str | None]]:
+        """The files of a corpus, and what parts their documents (None: nothing).
+
+        Raises: UserError when there is no such corpus or file, and what to do about it.
+        """
+        known = data.known(kind)
+        path = Path(name).expanduser()
+        if name not in known:
+            files = sorted(p for p in path.rglob("*") if _is_text(p)) if path.is_dir() else [path]
+            if path.is_dir() and not files:
+                raise UserError(f"{path}: holds no .txt or .txt.gz file")
+            if not files[0].is_file():
+                raise unknown("text corpus" if kind == "text" else "data set", name, known, "task text")
+            return [(file, None) for file in files]
+        one, root = known[name], self.data_root
+        names = [
+            file.local
+            for split, file in one.files.items()
+            if file.local and (kind == "text" or split == "train")
+        ]
+        if not names:
+            raise UserError(f"task text: data set '{name}' has no local train split to take text from")
+        if root is None:
+            raise UserError(f"text corpus '{name}' needs a data folder: {data.ROOT_HELP}")
+        if not root.is_dir():
+            raise UserError(f"data root {root}: there is no such folder; {data.ROOT_HELP}")
+        found = [(data.local_file(root, local), local) for local in names]
+        lacking = [local for file, local in found if file is None]
+        if lacking:
+            raise UserError(
+                f"text corpus '{name}': {root} lacks {', '.join(lacking)}; its source is {one.source}"
+            )
+        return [(file, one.parted_by) for file, _ in found if file is not None]
+
+
+def _is_text(path: Path) -> bool:
+    return path.is_file() and path.name.endswith((".txt", ".txt.gz"))
+
+
+def _documents(path: Path, parted_by: str | None) -> tuple[list[str], str]:
+    """The documents of a text or JSONL file and the sha256 of its bytes; instructions in the template, answered."""
+    if path.name.removesuffix(".gz").endswith(".jsonl"):
+        rows, digest = data.read_jsonl(path)
+        answers = [row["output"] if isinstance(row["output"], str) else row["output"][0] for row in rows]
+        return [template(row) + answer for row, answer in zip(rows, answers, strict=True)], digest
+    text, digest = data.read_text(path)
+    documents = [part.strip("\n") for part in (text.split(parted_by) if parted_by else [text])]
+    documents = [part for part in documents if part.strip()]
+    if not documents:
+        raise UserError(f"{path}: is empty")
+    return documents, digest
+
+
+def _cut(documents: list[str], at: int) -> tuple[list[str], list[str]]:
+    """The documents before and after character `at` of them all; the document around it is cut at its last newline or
+    space before it."""
+    before = 0
+    for index, document in enumerate(documents):
+        if before + len(document) > at:
+            place = at - before
+            end = max(document.rfind("\n", 0, place), document.rfind(" ", 0, place))
+            head, tail = documents[:index], documents[index + 1 :]
+            if end <= 0:  # nothing to cut at: the document goes to the side that holds more of it
+                whole = [document]
+                return (head + whole, tail) if 2 * place >= len(document) and tail else (head, whole + tail)
+            return [*head, document[:end]], [document[end + 1 :], *tail]
+        before += len(document)
+    return documents, []
