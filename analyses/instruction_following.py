@@ -8,7 +8,7 @@ Differs: nothing is rounded; predictions and references of different number are 
 
 import string
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ class _CachedStemmer:
 _STEMMER = _CachedStemmer()
 
 
-@cache
+@lru_cache(maxsize=1 << 16)
 def _tokens(text: str) -> tuple[str, ...]:
     return tuple(tokenize.tokenize(text, _STEMMER))
 
