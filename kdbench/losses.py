@@ -1,0 +1,384 @@
+"""Divergences between student and teacher distributions, and token scores: pure functions, one per formula.
+
+In every function the student `q` comes first and the teacher `p` second. Each of the two is a Tensor of
+logits [..., V] or a `Prediction` of N target positions (anything with `SupportsLogits`); the result is one
+value in nats per position, [...] or [N]. Averaging over tokens is left to `token_mean`. Logits of lower
+precision are computed in float32, float64 stays float64. Gradients flow into both: compute the fixed one
+under `torch.no_grad()`.
+
+Of a `Prediction` at most `CHUNK_ELEMENTS` logits are projected at a time. When that takes several chunks and
+gradients are on, each chunk is recomputed in the backward pass, so tokens x vocabulary never exists at once.
+
+Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531, sec. 2; Gu et al. 2024 (MiniLLM),
+https://arxiv.org/abs/2306.08543, sec. 2.1; Agarwal et al. 2024 (GKD), https://arxiv.org/abs/2306.13649,
+sec. 2; Ko et al. 2024 (DistiLLM), https://arxiv.org/abs/2402.03898, sec. 3.1; Wu et al. 2025 (AKL),
+https://arxiv.org/abs/2404.02657.
+Differs: `forward_kl` and `skew_forward_kl` keep the teacher's entropy, which the code of MiniLLM, PromptKD
+and DistiLLM drops: the gradient of the student is the same, and equal models give 0. A logit at -inf gets the
+log-probability -100 (`FLOOR_NATS`), where the published codes mask after the product, which gives NaN
+gradients in `reverse_kl`, or (AKL) replace the logit by 0.
+"""
+
+import difflib
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+FLOOR_NATS = -100.0
+"""Log-probability (nats) of an entry whose logit is -inf; as a probability, 4e-44, it
+adds nothing to a sum."""
+
+CHUNK_ELEMENTS = 2**22
+"""Logits projected at once: 16 MiB in float32, so that a formula, which holds ten to twenty such arrays in its
+backward pass, needs at most about 0.3 GiB, while a chunk still has 83 rows at 50,257 entries, enough for an
+efficient matrix product."""
+
+
+class SupportsLogits(Protocol):
+    """What a `Prediction` must offer here: N positions whose logits are projected on demand.
+
+    `logits` is called later than the prediction was made, and again in the backward pass: it must give the
+    same numbers each time, and record no gradient if the prediction was made under `torch.no_grad()`.
+    """
+
+    @property
+    def vocab(self) -> int:
+        """V, the number of vocabulary entries."""
+
+    @property
+    def targets(self) -> Tensor:
+        """Token ids of the N target positions, [N] int64."""
+
+    def __len__(self) -> int:
+        """N, the number of target positions."""
+
+    def logits(self, start: int, stop: int) -> Tensor:
+        """Logits of positions start..stop-1, [stop - start, V]."""
+
+
+Logits: TypeAlias = Tensor | SupportsLogits
+Settings = ParamSpec("Settings")
+
+
+def divergence(
+    plain: Callable[Concatenate[Tensor, Tensor, Settings], Tensor],
+) -> Callable[Concatenate[Logits, Logits, Settings], Tensor]:
+    """Make a function of two chunks of logits accept Tensors [..., V] and Predictions of any size.
+
+    `plain(q, p, ...)` gets logits of equal shape [..., V], float32 or float64, and returns one value per row,
+    [...]. It must treat rows independently and draw no random numbers, because chunks are recomputed in the
+    backward pass. `log_probs` inside it takes care of entries at -inf.
+
+    Returns: the function of two Logits, whose result is [...] for Tensors and [N] for Predictions.
+    Raises: ValueError, when called, if q and p differ in vocabulary or positions, or a result is not one per
+    row.
+    Source: own; recomputing chunks is gradient checkpointing, Chen et al. 2016,
+    https://arxiv.org/abs/1604.06174.
+    """
+    name = plain.__name__
+
+    @functools.wraps(plain)
+    def over_models(q: Logits, p: Logits, /, *args: Settings.args, **kwargs: Settings.kwargs) -> Tensor:
+        if _vocab(q) != _vocab(p):
+            raise ValueError(
+                f"{name}: the student has {_vocab(q)} vocabulary entries, the teacher {_vocab(p)}. "
+                "Slice both to the tokenizer's usable vocabulary first."
+            )
+        if _rows(q) != _rows(p):
+            raise ValueError(f"{name}: the student has positions {_rows(q)}, the teacher {_rows(p)}.")
+        return _over_chunks(name, lambda a, b: plain(a, b, *args, **kwargs), q, p)
+
+    return over_models
+
+
+def log_probs(logits: Tensor) -> Tensor:
+    """Log-probabilities in nats of logits [..., V], in float32 at least; an entry at -inf gets `FLOOR_NATS`.
+
+    Two models that both have an entry at -inf agree on it, so it adds nothing to a divergence. Where only one
+    has it, value and gradient stay finite. No gradient reaches an entry at -inf.
+    Source: own.
+    """
+    values = torch.log_softmax(_at_least_float32(logits), dim=-1)
+    return values.masked_fill(values == -math.inf, FLOOR_NATS)
+
+
+@divergence
+def forward_kl(q: Tensor, p: Tensor) -> Tensor:
+    """KL(p || q) = sum_v p (log p - log q): teacher first; nats, [...] or [N].
+
+    Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531, sec. 2 (there without the teacher's
+    entropy).
+    """
+    return _kl(log_probs(p), log_probs(q))
+
+
+@divergence
+def reverse_kl(q: Tensor, p: Tensor) -> Tensor:
+    """KL(q || p) = sum_v q (log q - log p): student first; nats, [...] or [N].
+
+    Source: Gu et al. 2024, https://arxiv.org/abs/2306.08543, sec. 2.1, here in full at each position.
+    """
+    return _kl(log_probs(q), log_probs(p))
+
+
+@divergence
+def symmetric_kl(q: Tensor, p: Tensor, weight: float = 0.9) -> Tensor:
+    """(1 - weight) forward_kl + weight reverse_kl; nats, [...] or [N].
+
+    Raises: ValueError if weight is not in [0, 1].
+    Source: Ko et al. 2024, code of https://arxiv.org/abs/2402.03898 (weight 0.9).
+    """
+    if not 0 <= weight <= 1:
+        raise ValueError(f"symmetric_kl: weight = {weight} is not in [0, 1].")
+    log_q, log_p = log_probs(q), log_probs(p)
+    return (1 - weight) * _kl(log_p, log_q) + weight * _kl(log_q, log_p)
+
+
+@divergence
+def generalized_jsd(q: Tensor, p: Tensor, beta: float = 0.5) -> Tensor:
+    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q; nats, [...] or [N].
+
+    It vanishes as beta nears 0 or 1: it is JSD / beta that nears forward_kl, and JSD / (1 - beta) reverse_kl.
+    DistiLLM's JS distance with lambda is this with beta = 1 - lambda.
+    Raises: ValueError if beta is not in (0, 1), naming the KL that is meant.
+    Source: Agarwal et al. 2024, https://arxiv.org/abs/2306.13649, sec. 2.
+    Differs: TRL silently takes beta = 0 for forward_kl and beta = 1 for reverse_kl, a jump in value.
+    """
+    if not 0 < beta < 1:
+        limit = (
+            "forward_kl, the limit of JSD / beta"
+            if beta <= 0
+            else "reverse_kl, the limit of JSD / (1 - beta)"
+        )
+        raise ValueError(f"generalized_jsd: beta = {beta} is not in (0, 1). At this end use {limit}.")
+    log_q, log_p = log_probs(q), log_probs(p)
+    log_m = _log_mixture(log_p, log_q, beta)
+    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+
+
+@divergence
+def skew_forward_kl(q: Tensor, p: Tensor, alpha: float = 0.1) -> Tensor:
+    """KL(p || alpha p + (1 - alpha) q), forward_kl at alpha = 0; nats, [...] or [N].
+
+    Raises: ValueError if alpha is not in [0, 1).
+    Source: Ko et al. 2024, https://arxiv.org/abs/2402.03898, sec. 3.1 (alpha 0.1).
+    """
+    _check_alpha("skew_forward_kl", alpha)
+    log_q, log_p = log_probs(q), log_probs(p)
+    return _kl(log_p, _log_mixture(log_p, log_q, alpha))
+
+
+@divergence
+def skew_reverse_kl(q: Tensor, p: Tensor, alpha: float = 0.1) -> Tensor:
+    """KL(q || alpha q + (1 - alpha) p), reverse_kl at alpha = 0; nats, [...] or [N].
+
+    Raises: ValueError if alpha is not in [0, 1).
+    Source: Ko et al. 2024, https://arxiv.org/abs/2402.03898, sec. 3.1 (alpha 0.1).
+    """
+    _check_alpha("skew_reverse_kl", alpha)
+    log_q, log_p = log_probs(q), log_probs(p)
+    return _kl(log_q, _log_mixture(log_q, log_p, alpha))
+
+
+@divergence
+def total_variation(q: Tensor, p: Tensor) -> Tensor:
+    """0.5 sum_v |p - q|, a probability in [0, 1] without unit; [...] or [N].
+
+    Source: Wen et al. 2023, https://arxiv.org/abs/2307.15190.
+    """
+    return 0.5 * (log_probs(p).exp() - log_probs(q).exp()).abs().sum(-1)
+
+
+@divergence
+def adaptive_kl(q: Tensor, p: Tensor, mu: float = 0.5) -> Tensor:
+    """(g_h forward_kl + g_t reverse_kl) / (g_h + g_t); nats, [...] or [N].
+
+    g_h and g_t are the sums of |p - q| over the head and the tail of the vocabulary. The head holds the
+    teacher's most probable tokens as long as their cumulative probability, their own included, is at most mu,
+    and always the first; the tail is the rest. The two weights carry no gradient, and are 1/2 each where the
+    models are equal.
+    Raises: ValueError if mu is not in [0, 1); with everything in the head it would be forward_kl.
+    Source: Wu et al. 2025, https://arxiv.org/abs/2404.02657, and its code wutaiqiang/LLM_KD_AKL.
+    Differs: a token that crosses mu is in the tail as in that code; DSKD's version has it in the head.
+    """
+    if not 0 <= mu < 1:
+        raise ValueError(f"adaptive_kl: mu = {mu} is not in [0, 1); mu = 1 would be forward_kl.")
+    log_q, log_p = log_probs(q), log_probs(p)
+    with torch.no_grad():
+        sorted_p, order = log_p.exp().sort(dim=-1, descending=True, stable=True)
+        gap = (sorted_p - log_q.exp().gather(-1, order)).abs()
+        head = sorted_p.cumsum(-1) <= mu
+        head[..., 0] = True
+        total = gap.sum(-1)
+        share = torch.where(total > 0, (gap * head).sum(-1) / total, 0.5)
+    return share * _kl(log_p, log_q) + (1 - share) * _kl(log_q, log_p)
+
+
+@divergence
+def soft_cross_entropy(q: Tensor, p: Tensor) -> Tensor:
+    """-sum_v p log q = forward_kl + entropy of p, so equal models do not give 0; nats, [...] or [N].
+
+    Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531, sec. 2.
+    """
+    return -(log_probs(p).exp() * log_probs(q)).sum(-1)
+
+
+def entropy(q: Logits) -> Tensor:
+    """-sum_v q log q; nats, [...] or [N].
+
+    Source: Shannon 1948, sec. 6.
+    """
+
+    def plain(logits: Tensor) -> Tensor:
+        log_q = log_probs(logits)
+        return -(log_q.exp() * log_q).sum(-1)
+
+    return _over_chunks("entropy", plain, q)
+
+
+def token_log_prob(q: Logits, targets: Tensor | None = None) -> Tensor:
+    """log q(target), at most 0; nats, [...] or [N].
+
+    `targets` holds integer token ids, [...] or [N]; without it the `targets` of the Prediction q are taken.
+    Raises: ValueError if targets are missing, not integers, or do not fit the positions of q.
+    Source: own; a definition.
+    """
+    if targets is None:
+        if isinstance(q, Tensor):
+            raise ValueError("targets: logits in a Tensor have no targets of their own; give them.")
+        targets = q.targets
+    if targets.is_floating_point() or tuple(targets.shape) != _rows(q):
+        raise ValueError(
+            f"targets: {targets.dtype} {tuple(targets.shape)} given, integers of shape {_rows(q)} expected."
+        )
+
+    def plain(logits: Tensor, ids: Tensor) -> Tensor:
+        return log_probs(logits).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+    return _over_chunks("token_log_prob", plain, q, targets)
+
+
+def cross_entropy(q: Logits, targets: Tensor | None = None) -> Tensor:
+    """-log q(target), the loss of hard targets; nats, [...] or [N].
+
+    Raises: ValueError on targets that do not fit, as `token_log_prob`, whose arguments it takes.
+    Source: own; a definition.
+    """
+    return -token_log_prob(q, targets)
+
+
+DIVERGENCES: dict[str, Callable[..., Tensor]] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "symmetric_kl": symmetric_kl,
+    "generalized_jsd": generalized_jsd,
+    "skew_forward_kl": skew_forward_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+    "total_variation": total_variation,
+    "adaptive_kl": adaptive_kl,
+}
+"""Divergences that a setting can name: non-negative, and 0 for equal models."""
+
+
+def divergence_named(name: str, **settings: float) -> Callable[[Logits, Logits], Tensor]:
+    """The divergence of that name as a function of (q, p) alone, with its settings (alpha, beta, ...) fixed.
+
+    Raises: ValueError if the name or a setting is unknown, with the nearest known, or a value is out of
+    range.
+    Source: own.
+    """
+    if name not in DIVERGENCES:
+        raise ValueError(_unknown("divergence", name, list(DIVERGENCES)))
+    function = DIVERGENCES[name]
+    known = list(inspect.signature(function).parameters)[2:]
+    for setting in settings:
+        if setting not in known:
+            raise ValueError(_unknown(f"setting of {name}", setting, known))
+    chosen = functools.partial(function, **settings)
+    chosen(torch.zeros(1), torch.zeros(1))  # refuses a value out of range now, not in the first update
+    return chosen
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a || b) in nats from log-probabilities [..., V], never negative; [...].
+
+    b - a sums to 0 and makes every term non-negative, so that an error common to a row (of its normalisation)
+    enters only in second order. What rounding leaves below 0 is lifted to 0 in the value; the gradient is
+    kept.
+    """
+    a, b = log_a.exp(), log_b.exp()
+    value = (a * (log_a - log_b) + (b - a)).sum(-1)
+    return value - value.detach().clamp(max=0)
+
+
+def _log_mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
+    """log(weight a + (1 - weight) b) for weight in [0, 1), finite wherever both arguments are; [..., V]."""
+    if weight == 0:
+        return log_b
+    return torch.logaddexp(log_a + math.log(weight), log_b + math.log1p(-weight))
+
+
+def _check_alpha(name: str, alpha: float) -> None:
+    if not 0 <= alpha < 1:
+        raise ValueError(f"{name}: alpha = {alpha} is not in [0, 1).")
+
+
+def _over_chunks(name: str, plain: Callable[..., Tensor], q: Logits, *others: Logits) -> Tensor:
+    """plain(q, *others) per row, over chunks of rows if one of them is a Prediction; [...] or [N].
+
+    `others` are further models, or Tensors with one entry per position.
+    """
+    inputs = (q, *others)
+
+    def checked(*chunks: Tensor) -> Tensor:
+        value = plain(*(_at_least_float32(chunk) for chunk in chunks))
+        if value.shape != chunks[0].shape[:-1]:
+            raise ValueError(
+                f"{name}: returned shape {tuple(value.shape)} for logits of shape {tuple(chunks[0].shape)}; "
+                f"one value per row, {tuple(chunks[0].shape[:-1])}, is needed."
+            )
+        return value
+
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    if len(tensors) == len(inputs):
+        return checked(*tensors)
+
+    def part(start: int, stop: int) -> Tensor:
+        return checked(*(x[start:stop] if isinstance(x, Tensor) else x.logits(start, stop) for x in inputs))
+
+    (positions,) = _rows(q)
+    rows = max(1, CHUNK_ELEMENTS // _vocab(q))
+    if positions <= rows:
+        return part(0, positions)
+    values = []
+    for start in range(0, positions, rows):
+        stop = min(start + rows, positions)
+        # without gradients this is a plain call
+        values.append(checkpoint(part, start, stop, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(values)
+
+
+def _rows(x: Logits) -> tuple[int, ...]:
+    return tuple(x.shape[:-1]) if isinstance(x, Tensor) else (len(x),)
+
+
+def _vocab(x: Logits) -> int:
+    return x.shape[-1] if isinstance(x, Tensor) else x.vocab
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    """x in float32 if it has lower precision; float64 and integers unchanged."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
+
+
+def _unknown(what: str, given: str, known: list[str]) -> str:
+    if not known:
+        return f"no {what} '{given}': it has none."
+    nearest = difflib.get_close_matches(given, known, n=1, cutoff=0.0)[0]
+    return f"no {what} '{given}'. Did you mean '{nearest}'? Known: {', '.join(known)}."
