@@ -57,7 +57,7 @@ class Batch(Mapping[str, Tensor]):
     def counts(self) -> Totals:
         """Return the target tokens and examples of these rows alone (one token per row where there are no lengths)."""
         if "length" in self:
-            tokens = float((self["length"] - self["prompt_length"]).sum())
+            tokens = float((self["length"] - self["prompt_length"].clamp(min=1)).clamp(min=0).sum())
         else:
             tokens = float(self.size)
         return Totals(tokens, float(self.size))
@@ -210,6 +210,9 @@ class Step(Protocol):
     def update(self, group: str, loss: Callable[[Batch, Step], Tensor], batch: Batch) -> None: ...
     @overload
     def update(self, group: str, loss: Callable[[Parts, Step], Tensor], batch: Parts) -> None: ...
+
+    def extra(self, name: str) -> Batch | None:
+        """The next batch of the board's extra set `name` (this process' share), or None where the board has none."""
 
     def rng(self, name: str) -> torch.Generator:
         """A CPU generator fixed by seed, name and visit."""

@@ -26,13 +26,17 @@ class Prediction:
         self.targets = targets
         self.vocab = vocab
         self._head = head
+        self._grad = (
+            torch.is_grad_enabled()
+        )  # a prediction made without gradients stays so, its head included
 
     def __len__(self) -> int:
         return len(self.hidden)
 
     def logits(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Return the logits [stop - start, V] of these positions, in float32 at least."""
-        logits = self._head(self.hidden[start:stop])[..., : self.vocab]
+        with torch.set_grad_enabled(self._grad and torch.is_grad_enabled()):
+            logits = self._head(self.hidden[start:stop])[..., : self.vocab]
         return logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -116,7 +120,13 @@ def predict(model: nn.Module, batch: Batch) -> Prediction:
     ids, mask = cut["input_ids"], target_mask(cut)
     view = CausalLM(model)
     positions = None
+    if not batch.size:  # an empty share of an update: models do not take batches of no rows
+        return Prediction(
+            torch.zeros(0, view.vocab, device=ids.device), lambda logits: logits, ids[:, 0], view.vocab
+        )
     if "position_offset" in batch:
-        positions = torch.arange(width - 1, device=ids.device) + batch["position_offset"][:, None]
+        positions = (
+            torch.arange(width - 1 + view.width, device=ids.device) + batch["position_offset"][:, None]
+        )
     hidden = view.hidden(ids[:, :-1], positions)
     return Prediction(hidden[mask], view.head, ids[:, 1:][mask], view.vocab)

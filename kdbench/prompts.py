@@ -37,16 +37,21 @@ class SoftPrompt(nn.Module):
         Raises: ValueError without ids or for a length under 1.
         """
         if not ids or length < 1:
-            raise ValueError(f"a soft prompt needs text and a length of at least 1, got {len(ids)} ids, length {length}")
+            raise ValueError(
+                f"a soft prompt needs text and a length of at least 1, got {len(ids)} ids, length {length}"
+            )
         wanted = torch.tensor((list(ids) * length)[:length])
         table = model.get_input_embeddings().weight  # type: ignore[operator]
         return cls(table[wanted.to(table.device)])
 
     @classmethod
-    def random(cls, model: nn.Module, length: int, generator: torch.Generator) -> SoftPrompt:
-        """Start at normal noise of standard deviation 1, as torch initialises an embedding (and PEFT a random prompt)."""
+    def random(cls, model: nn.Module, length: int) -> SoftPrompt:
+        """Start at normal noise of standard deviation 1, as torch initialises an embedding (and PEFT a random prompt).
+
+        The noise is torch's global stream on the CPU, which a run seeds before it makes the modules of a method.
+        """
         table = model.get_input_embeddings().weight  # type: ignore[operator]
-        noise = torch.randn(length, table.shape[1], generator=generator)
+        noise = torch.randn(length, table.shape[1])
         return cls(noise.to(table.device, table.dtype))
 
 

@@ -89,7 +89,7 @@ def rollout(
     responses: list[list[int]] = [[] for _ in range(batch.size)]
     with phase("rollout"), evaluating(*models):
         order = torch.argsort(batch["prompt_length"].cpu(), stable=True)
-        for chunk in order.split(max(1, step.rollout_batch)):
+        for chunk in order.split(max(1, step.rollout_batch)) if batch.size else ():
             for row, tokens, ended in sampler.sample(batch, chunk, step, max_new_tokens):
                 responses[row], finished[row] = tokens, ended
     new = torch.tensor([len(tokens) for tokens in responses], dtype=torch.long, device=ids.device)
@@ -110,7 +110,13 @@ class _Sampler:
         self, models: list[nn.Module], alpha: float, temperature: float, top_k: int, top_p: float, ngram: int
     ) -> None:
         self.views = [CausalLM(model) for model in models]
-        self.alpha, self.temperature, self.top_k, self.top_p, self.ngram = alpha, temperature, top_k, top_p, ngram
+        self.alpha, self.temperature, self.top_k, self.top_p, self.ngram = (
+            alpha,
+            temperature,
+            top_k,
+            top_p,
+            ngram,
+        )
         eos: Any = self.views[0].inner.config.eos_token_id
         self.eos = {int(i) for i in (eos if isinstance(eos, list | tuple) else [eos]) if i is not None}
 
@@ -121,7 +127,10 @@ class _Sampler:
         device = next(self.views[0].inner.parameters()).device
         lengths = batch["prompt_length"].cpu()[rows]
         width = int(lengths.max())
-        prompts = [batch["input_ids"][row, :n].tolist() for row, n in zip(rows.tolist(), lengths.tolist(), strict=True)]
+        prompts = [
+            batch["input_ids"][row, :n].tolist()
+            for row, n in zip(rows.tolist(), lengths.tolist(), strict=True)
+        ]
         padded = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
         mask = (torch.arange(width) >= (width - lengths)[:, None]).to(device)
         example_id = batch["example_id"].to(device)[rows.to(device)]
