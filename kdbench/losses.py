@@ -36,8 +36,8 @@ adds nothing to a sum."""
 
 CHUNK_ELEMENTS = 2**22
 """Logits projected at once: 16 MiB in float32, so that a formula, which holds ten to twenty such arrays in
-its backward pass, needs at most about 0.3 GiB, while a chunk still has 83 rows at 50,257 entries, enough for an
-efficient matrix product."""
+its backward pass, needs at most about 0.3 GiB, while a chunk still has 83 rows at 50,257 entries, enough for
+an efficient matrix product."""
 
 
 class SupportsLogits(Protocol):
