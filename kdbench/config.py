@@ -743,9 +743,9 @@ def resolve(
 
     `overrides` are `section.key=value` with the section training, evaluation, evidence, select, task,
     `method`, or the name of a method or row (then other rows are left alone). What they really change makes
-    a row of its own, named by it: `promptkd[prompt_length=5]`. With `settings_class` (the distiller's `Config`)
-    and `task_settings_class` the settings are checked and completed by their defaults; without, they are kept
-    as given. Later ones win: size, row, the size's row, the tuned learning rate, overrides.
+    a row of its own, named by it: `promptkd[prompt_length=5]`. With `settings_class` (a distiller's `Config`) and
+    `task_settings_class` the settings are checked and completed by their defaults; without, they are kept as
+    given. Later ones win: size, row, the size's row, the tuned learning rate, overrides.
 
     Raises: UserError for an unknown size, row, method, task, analysis, role, section or setting, a wrong
     type, a missing model, and an override of the budget on a board whose budgets are equal.

@@ -17,8 +17,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from kdbench.distiller import Batch
 
 WORDS = (
-    "a an the and to of Below is instruction that describes task Write response appropriately completes request "
-    "Suppose you are student one two three four five red blue green cat dog list name count say again"
+    "a an the and to of Below is instruction that describes task Write response appropriately completes "
+    "request Suppose you are student one two three four five red blue green cat dog list name count say again"
 ).split()
 VOCABULARY = 2 + 2 + len(WORDS)  # eos, unknown, two signs, words
 
@@ -65,7 +65,7 @@ def _gpt2(width: int, layers: int, seed: int, vocabulary: int, dropout: float) -
 
 @pytest.fixture
 def tiny_student() -> Callable[..., GPT2LMHeadModel]:
-    """Makes a random GPT-2 of 2 layers x 16, in train mode and with dropout in its config, fixed by `seed`."""
+    """Makes a random GPT-2 of 2 layers x 16, in train mode, with dropout in its config; `seed` fixes it."""
 
     def make(seed: int = 1, vocabulary: int = VOCABULARY, dropout: float = 0.1) -> GPT2LMHeadModel:
         return _gpt2(16, 2, seed, vocabulary, dropout)
@@ -75,7 +75,7 @@ def tiny_student() -> Callable[..., GPT2LMHeadModel]:
 
 @pytest.fixture
 def tiny_teacher() -> Callable[..., GPT2LMHeadModel]:
-    """Makes a random GPT-2 of 2 layers x 32, in train mode and with dropout in its config, fixed by `seed`."""
+    """Makes a random GPT-2 of 2 layers x 32, in train mode, with dropout in its config; `seed` fixes it."""
 
     def make(seed: int = 0, vocabulary: int = VOCABULARY, dropout: float = 0.1) -> GPT2LMHeadModel:
         return _gpt2(32, 2, seed, vocabulary, dropout)
@@ -87,8 +87,8 @@ def tiny_teacher() -> Callable[..., GPT2LMHeadModel]:
 def causal_batch() -> Callable[..., Batch]:
     """Makes a Batch of random ids from `sizes`, one (prompt length, response length) per row.
 
-    Each response ends in EOS (id 0), and the padding is EOS too, unless `pad` says otherwise: masks that come from
-    ids rather than from lengths are wrong here. `first_id` numbers the examples, `width` pads further.
+    Each response ends in EOS (id 0), and the padding is EOS too, unless `pad` says otherwise: masks that
+    come from ids rather than from lengths are wrong here. `first_id` numbers the examples, `width` pads further.
     """
 
     def make(
