@@ -15,16 +15,18 @@ _PEAKS = ("peak_allocated", "peak_reserved", "peak_rss")
 
 
 def analyze(run: RunFolder) -> Analysis:
-    """Scores `train_s`, `<phase>_s`, `train_tokens_per_s`, `sampled_tokens_per_s`, `peak_*_gb` (10^9 bytes).
+    """Scores `train_seconds`, `<phase>_seconds`, `peak_*_bytes`, `train_` and `sampled_tokens_per_s`.
 
-    `peak_memory_gb` is the allocated memory of a GPU, or the resident set where there is none. What was not
+    `peak_bytes` is the allocated memory of a GPU, or the resident set where there is none. What was not
     measured has no score.
     """
     record = run.record
     training = {name: phase for name, phase in record.phases.items() if name not in NOT_TRAINING}
     seconds = sum(phase.seconds for phase in training.values())
-    scores = {f"{name}_s": Score(phase.seconds, "s", 1, "lower") for name, phase in record.phases.items()}
-    scores["train_s"] = Score(seconds, "s", 1, "lower")
+    scores = {
+        f"{name}_seconds": Score(phase.seconds, "s", 1, "lower") for name, phase in record.phases.items()
+    }
+    scores["train_seconds"] = Score(seconds, "s", 1, "lower")
     rollout = training["rollout"].seconds if "rollout" in training else 0.0
     for name, tokens, spent in (
         ("train_tokens_per_s", record.budget.get("tokens_seen"), seconds),
@@ -35,8 +37,8 @@ def analyze(run: RunFolder) -> Analysis:
     for name in _PEAKS:
         measured = [getattr(phase, f"{name}_bytes") or 0 for phase in training.values()]
         if any(measured):
-            scores[f"{name}_gb"] = Score(max(measured) / 1e9, "GB", 1, "lower")
-    for name in ("peak_allocated_gb", "peak_rss_gb"):
-        if name in scores and "peak_memory_gb" not in scores:
-            scores["peak_memory_gb"] = scores[name]
+            scores[f"{name}_bytes"] = Score(max(measured), "bytes", 1, "lower")
+    for name in ("peak_allocated_bytes", "peak_rss_bytes"):
+        if name in scores and "peak_bytes" not in scores:
+            scores["peak_bytes"] = scores[name]
     return Analysis(scores, detail={"training_phases": sorted(training)})
