@@ -77,6 +77,7 @@ class TrainingConfig:
     optimizer_steps: int  # updates of the student
     batch_size: int  # examples per update, over all processes
     lr: float
+    max_new_tokens: int = 256  # longest response that a model samples in training, in tokens
     micro_batch: int | None = None  # examples per forward; None: batch_size
     rollout_batch: int | None = None  # examples sampled at once; None: batch_size
     betas: tuple[float, float] = (0.9, 0.999)
@@ -743,9 +744,9 @@ def resolve(
 
     `overrides` are `section.key=value` with the section training, evaluation, evidence, select, task,
     `method`, or the name of a method or row (then other rows are left alone). What they really change makes
-    a row of its own, named by it: `promptkd[prompt_length=5]`. With `settings_class` (a distiller's `Config`) and
-    `task_settings_class` the settings are checked and completed by their defaults; without, they are kept as
-    given. Later ones win: size, row, the size's row, the tuned learning rate, overrides.
+    a row of its own, named by it: `promptkd[prompt_length=5]`. With `settings_class` (a distiller's
+    `Config`) and `task_settings_class` the settings are checked and completed by their defaults; without,
+    they are kept as given. Later ones win: size, row, the size's row, the tuned learning rate, overrides.
 
     Raises: UserError for an unknown size, row, method, task, analysis, role, section or setting, a wrong
     type, a missing model, and an override of the budget on a board whose budgets are equal.

@@ -197,6 +197,7 @@ class Step(Protocol):
     visit: int
     total: int
     rollout_batch: int
+    max_new_tokens: int
 
     @property
     def index(self) -> int:

@@ -146,6 +146,7 @@ class Trainer:
         self.clock = clock or Clock()
         self.total = training.optimizer_steps
         self.rollout_batch = training.rollout_batch or training.batch_size
+        self.max_new_tokens = training.max_new_tokens
         self.micro_batch = training.micro_batch or training.batch_size
         self.updates = 0
         self.visit = 0
@@ -366,7 +367,7 @@ class Trainer:
             u = uniform(stream_seed(self.seed, "offset"), batch["example_id"], self.visit, 0)
             batch = batch.replace(position_offset=(u * (self.training.position_offset + 1)).long())
         try:
-            self.distiller.train_step(batch, self)  # type: ignore[arg-type]
+            self.distiller.train_step(batch, self)
         except _BudgetSpent:
             pass
         finally:
@@ -384,7 +385,7 @@ class Trainer:
         self._preparing = True
         try:
             with running(self.clock), phase("prepare"):
-                return self.distiller.prepare(data, self)  # type: ignore[arg-type]
+                return self.distiller.prepare(data, self)
         finally:
             self._preparing = False
             self._set_trainable()
@@ -443,6 +444,25 @@ class Trainer:
     def stores(self) -> dict[str, Store]:
         """The distiller's buffers of rows by attribute name."""
         return {name: value for name, value in vars(self.distiller).items() if isinstance(value, Store)}
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The trained parameters by group and name."""
+        return {f"{g}/{n}": p for g, optimizer in self.optimizers.items() for n, p in optimizer.params.items()}
+
+    def load_parameters(self, values: Mapping[str, Tensor]) -> None:
+        """Put back what `parameters` gave."""
+        with torch.no_grad():
+            for name, param in self.parameters().items():
+                param.copy_(values[name])
+
+    def breaks(self) -> dict[str, str]:
+        """Return the laws that the settings of training and method break, each with its reason."""
+        broken = dict(self.distiller.breaks())
+        if self.training.student_dropout:
+            broken["micro_batch"] = "the student's dropout masks follow the cut of the batch"
+        if self.training.mean == "micro_batch":
+            broken["micro_batch"] = "means over micro-batches weigh tokens by the size of their micro-batch"
+        return broken
 
     def shared_tensors(self) -> dict[str, Tensor]:
         """Trained parameters, registered buffers and optimizer states by name."""

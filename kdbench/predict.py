@@ -55,8 +55,9 @@ def _logits_are_head_of_trunk(model: nn.Module) -> bool:
             training, enabled = model.training, torch.is_autocast_enabled(ids.device.type)
             model.eval()
             with torch.no_grad(), torch.autocast(ids.device.type, enabled=enabled):
-                ours = head(trunk(input_ids=ids, use_cache=False).last_hidden_state)
-                whole = model(input_ids=ids, use_cache=False).logits
+                probe = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+                ours = head(trunk(**probe).last_hidden_state)
+                whole = model(**probe).logits
             model.train(training)
             _splits[model] = bool(torch.equal(ours, whole))
     return _splits[model]

@@ -28,6 +28,7 @@ class Keyed(Protocol):
     seed: int
     visit: int
     rollout_batch: int
+    max_new_tokens: int
 
     def count(self, name: str, amount: float) -> None:
         """Add to a counter of the run's budget."""
@@ -40,6 +41,7 @@ class Draw:
     seed: int
     visit: int = 0
     rollout_batch: int = 64
+    max_new_tokens: int = 256
 
     def count(self, name: str, amount: float) -> None:
         """Evaluation is not charged to the budget."""
@@ -63,7 +65,7 @@ def rollout(
     model: nn.Module,
     batch: Batch,
     step: Keyed,
-    max_new_tokens: int,
+    max_new_tokens: int | None = None,
     *,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -73,17 +75,22 @@ def rollout(
 ) -> Batch:
     """Return the prompts of `batch` with one sampled response each, in the same order.
 
-    Args: `temperature` 0 takes the likeliest token; `top_k` 0 and `top_p` 1 cut nothing; `no_repeat_ngram` n forbids
-    an n-gram of prompt and response to occur twice; `mix` = (teacher, alpha) samples from (1 - alpha) q + alpha p.
-    Returns a batch with new `input_ids`, `length` (the end-of-sequence token included when it was drawn) and `finished`
-    [B] bool; other fields are kept. Raises: ValueError for settings out of range.
+    Args: `max_new_tokens` None is `step.max_new_tokens`; `temperature` 0 takes the likeliest token; `top_k` 0 and
+    `top_p` 1 cut nothing; `no_repeat_ngram` n forbids an n-gram of prompt and response to occur twice; `mix` =
+    (teacher, alpha) samples from (1 - alpha) q + alpha p.
+    Returns a batch with new `input_ids`, `length` (the end-of-sequence token included when it was drawn) and
+    `finished` [B] bool; other fields are kept.
+    Raises: ValueError for settings out of range, and for more tokens than the model has positions.
     """
+    max_new_tokens = step.max_new_tokens if max_new_tokens is None else max_new_tokens
     if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or no_repeat_ngram < 0:
         raise ValueError(
             f"rollout: max_new_tokens {max_new_tokens}, temperature {temperature}, top_k {top_k}, top_p {top_p}, "
             f"no_repeat_ngram {no_repeat_ngram}: at least one is out of range"
         )
     models = [model] if mix is None else [model, mix[0]]
+    for each in models:
+        _check_positions(each, batch, max_new_tokens)
     sampler = _Sampler(models, 0.0 if mix is None else mix[1], temperature, top_k, top_p, no_repeat_ngram)
     ids, finished = batch["input_ids"], torch.zeros(batch.size, dtype=torch.bool)
     responses: list[list[int]] = [[] for _ in range(batch.size)]
@@ -101,6 +108,17 @@ def rollout(
         joined[row, prompt : prompt + len(tokens)] = torch.tensor(tokens, dtype=ids.dtype)
     step.count("tokens_sampled", float(new.sum()))
     return batch.replace(input_ids=joined, length=length, finished=finished.to(ids.device)).with_totals(None)
+
+
+def _check_positions(model: nn.Module, batch: Batch, max_new_tokens: int) -> None:
+    view = CausalLM(model)
+    known = getattr(view.inner.config, "max_position_embeddings", None)
+    longest = view.width + int(batch["prompt_length"].max()) + max_new_tokens if batch.size else 0
+    if known is not None and longest - 1 > known:
+        raise ValueError(
+            f"rollout: prompts of up to {longest - max_new_tokens} tokens and max_new_tokens = {max_new_tokens} need "
+            f"{longest - 1} positions, the model has {known}"
+        )
 
 
 class _Sampler:

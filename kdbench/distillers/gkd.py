@@ -32,7 +32,7 @@ class GKD(Distiller):
         divergence: str = "reverse_kl"
         student_fraction: float = 1.0  # lambda: share of batches that are student-sampled, 0 to 1
         sampling_temperature: float = 1.0  # of the student's sampling; 0 takes the likeliest token
-        max_new_tokens: int = 256  # the longest response that the student samples, in tokens
+        max_new_tokens: int | None = None  # the longest response that the student samples; None: the board's
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -40,7 +40,7 @@ class GKD(Distiller):
                 raise ValueError(f"student_fraction = {self.student_fraction} is not in [0, 1]")
             if self.sampling_temperature < 0:
                 raise ValueError(f"sampling_temperature = {self.sampling_temperature} is under 0")
-            if self.max_new_tokens < 1:
+            if self.max_new_tokens is not None and self.max_new_tokens < 1:
                 raise ValueError(f"max_new_tokens = {self.max_new_tokens} is under 1")
 
     def __init__(self, cfg: Config, student: nn.Module, teacher: nn.Module) -> None:

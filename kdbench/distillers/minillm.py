@@ -27,7 +27,7 @@ reward_scaling = 1, whiten = "off", weight_single_step = true, kd_ratio = 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -58,7 +58,7 @@ class MiniLLM(Distiller):
     class Config:
         """Settings; the defaults are MiniLLM's GPT-2 scripts."""
 
-        max_new_tokens: int = 256  # tokens sampled per response at most
+        max_new_tokens: int | None = None  # tokens sampled per response at most; None: the board's
         teacher_mix: float = 0.2  # alpha, the teacher's share in the distribution that is sampled
         importance_weights: bool = True  # w_t corrects for that share; off: 1
         gamma: float = 0.95  # discount of the return per token
@@ -85,8 +85,9 @@ class MiniLLM(Distiller):
                     raise ValueError(f"{name} = {getattr(self, name)} must lie between 0 and 1")
             counts = ("max_new_tokens", "rollout_batches", "inner_epochs")
             for name in (*counts, "reward_scaling", "reward_clip", "clip"):
-                if getattr(self, name) <= 0:
-                    raise ValueError(f"{name} = {getattr(self, name)} must be above 0")
+                value = getattr(self, name)
+                if value is not None and value <= 0:
+                    raise ValueError(f"{name} = {value} must be above 0")
             if self.lm_coef < 0:
                 raise ValueError(f"lm_coef = {self.lm_coef} must be at least 0")
 
@@ -129,7 +130,7 @@ class MiniLLM(Distiller):
     def update(self, rows: Batch, step: Step) -> None:
         """Take one optimizer step on rows of the store, beside the next pretraining text if there is any."""
         if self.cfg.whiten == "update":
-            rows = rows.replace(advantage=self.whitened(rows, step))
+            rows = rows.replace(advantage=self.whitened(rows, step, step.all_sum))
         text = step.extra("lm") if self.cfg.lm_coef else None
         parts = {"rollout": rows} if text is None else {"rollout": rows, "lm": text}
         step.update("student", self.objective, parts)
@@ -175,20 +176,17 @@ class MiniLLM(Distiller):
             returns = returns / summed.clamp(min=1)
         return returns * target_mask(batch)
 
-    def whitened(self, rows: Batch, step: Step | None) -> Tensor:
+    def whitened(self, rows: Batch, step: Step, over_rows: Callable[[Tensor], Tensor]) -> Tensor:
         """Return `advantage` [B, T-1] with mean 0 and population variance 1 over `rows`.
 
-        Given a step, over the rows of all processes. With `whiten_padding` mean and variance are those of a
-        [B, max_new_tokens] matrix that is 0 beyond the responses.
+        `over_rows` sums over processes, or leaves a sum as it is. With `whiten_padding` mean and variance are
+        those of a [B, max_new_tokens] matrix that is 0 beyond the responses.
         """
         value = rows["advantage"]
         real = target_mask(rows).to(value)
         zeros = torch.zeros_like(real.sum())  # how many there are beyond the responses
         if self.cfg.whiten_padding:
-            zeros = rows.size * self.cfg.max_new_tokens - real.sum()
-
-        def over_rows(sums: Tensor) -> Tensor:
-            return sums if step is None else step.all_sum(sums)
+            zeros = rows.size * (self.cfg.max_new_tokens or step.max_new_tokens) - real.sum()
 
         total, count, zeros = over_rows(torch.stack([value.sum(), real.sum() + zeros, zeros]))
         mean = total / count.clamp(min=1)
@@ -206,7 +204,7 @@ class MiniLLM(Distiller):
     def policy_loss(self, batch: Batch, step: Step) -> Tensor:
         """Return L_pg + L_single on rollouts with the fields of `scored`."""
         cfg = self.cfg
-        advantage = batch["advantage"] if cfg.whiten != "micro_batch" else self.whitened(batch, None)
+        advantage = batch["advantage"] if cfg.whiten != "micro_batch" else self.whitened(batch, step, lambda own: own)
         gain, weight = gather_targets(advantage, batch), gather_targets(batch["importance_weight"], batch)
         q = predict(self.student, batch)
         ratio = weight * (token_log_prob(q) - gather_targets(batch["old_log_prob"], batch)).exp()

@@ -47,7 +47,7 @@ class PromptKD(Distiller):
         """`divergence` and its parameter choose L_S; the defaults are PromptKD's GPT-2 scripts."""
 
         divergence: str = "reverse_kl"
-        max_new_tokens: int = 256  # tokens sampled per response at most
+        max_new_tokens: int | None = None  # tokens sampled per response at most; None: the board's
         prompt_length: int = 7  # k, vectors
         prompt_init: Literal["text", "pad", "random"] = "text"  # pad: its embedding k times; random: N(0, 1)
         prompt_text: str = "Suppose you are a student."  # repeated and cut to k tokens
@@ -62,8 +62,9 @@ class PromptKD(Distiller):
         def __post_init__(self) -> None:
             super().__post_init__()
             for name in ("max_new_tokens", "prompt_length"):
-                if getattr(self, name) < 1:
-                    raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+                value = getattr(self, name)
+                if value is not None and value < 1:
+                    raise ValueError(f"{name} = {value} must be at least 1")
             if self.base_coef < 0:
                 raise ValueError(f"base_coef = {self.base_coef} must be at least 0")
 

@@ -35,12 +35,12 @@ class SeqKD(Distiller):
 
         variant: Literal["hard", "mixed", "soft"] = "mixed"  # cross-entropy, both terms, forward KL
         kd_ratio: float = 0.5  # weight of the forward KL in "mixed", 0 to 1
-        max_new_tokens: int = 256  # the longest response that the teacher writes, in tokens
+        max_new_tokens: int | None = None  # the longest response that the teacher writes; None: the board's
 
         def __post_init__(self) -> None:
             if not 0 <= self.kd_ratio <= 1:
                 raise ValueError(f"kd_ratio = {self.kd_ratio} is not in [0, 1]")
-            if self.max_new_tokens < 1:
+            if self.max_new_tokens is not None and self.max_new_tokens < 1:
                 raise ValueError(f"max_new_tokens = {self.max_new_tokens} is under 1")
 
     def __init__(self, cfg: Config, student: nn.Module, teacher: nn.Module) -> None:

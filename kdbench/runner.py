@@ -1,0 +1,449 @@
+"""The life of a run: materials, training, answers, evidence, analyses, record. Killed anywhere, it goes on from there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from kdbench import collect, models, record, registry, stages
+from kdbench.clock import Clock, phase, running
+from kdbench.config import RunConfig, check_settings, keep_roles, library_versions, run_id
+from kdbench.distiller import Batch, Distiller
+from kdbench.errors import UserError
+from kdbench.evidence import prompts_hash, read_evidence
+from kdbench.harness import Diverged, Milestone, Trainer
+from kdbench.paths import PACKAGE
+from kdbench.processes import Processes
+from kdbench.rollout import evaluating
+from kdbench.stages import Materials, Places, TaskSource, digest
+
+
+def needed(run: RunConfig) -> RunConfig:
+    """Return the run with the roles its method and its evidence ask for. Raises: UserError for a missing one."""
+    roles = stages.needed_roles(registry.load_distiller(run.method))
+    if run.evidence is not None and "teacher" not in roles:
+        roles.append("teacher")
+    wanted = list(roles)
+    for role in roles:
+        while role in run.roles and (like := run.roles[role].like) is not None:
+            role = like
+            wanted.append(role)
+    return keep_roles(run, list(dict.fromkeys(wanted)))
+
+
+class Plan:
+    """One run before it starts: checked, with its id; nothing heavy is loaded."""
+
+    def __init__(self, run: RunConfig, places: Places) -> None:
+        """Raises: UserError for whatever would fail: settings, roles, data, vocabularies, an unwritable folder."""
+        self.run, self.places = needed(run), places
+        self.method = registry.load_distiller(run.method)
+        check_settings(self.method.Config, run.settings, registry.stem(run.method))
+        self.materials = Materials(self.run, places)
+        self._check_task()
+        self.materials.shared_vocabulary()
+        self.code = registry.code_hash(registry.code_files(self.run.methods, self.run.tasks))
+        keys = {role: self.materials.key(role) for role in self.run.roles}
+        versions = {**library_versions(), **self.materials.revisions(), **keys}
+        self.id = run_id(self.run, self.code, versions)
+        self.folder = places.runs / Path(*run.board.split("/")) / self.id
+        _writable(self.folder)
+        _writable(places.cache)
+
+    def _check_task(self) -> None:
+        task = self.materials.task()
+        lacking = [name for name in self.method.needs if name not in task.fields]
+        if lacking:
+            raise UserError(f"{self.run.method}: needs {', '.join(lacking)}, which task {task.name} does not give")
+        if self.method.head not in task.heads:
+            raise UserError(
+                f"{self.run.method}: its head is {self.method.head}, task {task.name} has {', '.join(task.heads)}"
+            )
+        known = [name.removeprefix("test/") for name in task.splits() if name.startswith("test/")]
+        for name in [] if self.run.evaluation.sets == "all" else self.run.evaluation.sets:
+            if name not in known:
+                raise UserError(f"evaluation.sets: task {task.name} has no set '{name}'. Known: {', '.join(known)}.")
+        if self.run.evidence is not None and self.run.evidence.split not in task.splits():
+            raise UserError(
+                f"evidence.split: task {task.name} has no split '{self.run.evidence.split}'. "
+                f"Known: {', '.join(task.splits())}."
+            )
+
+    def finished(self) -> record.RunRecord | None:
+        """Return the record of an earlier run of the same id that needs no repeating (done or diverged)."""
+        path = self.folder / "record.json"
+        if path.is_file():
+            try:
+                found = record.load(path)
+            except record.RecordError:
+                return None
+            if found.status in ("done", "diverged") and set(self.run.analyses) <= set(found.analyses):
+                return found
+            if found.status == "diverged":
+                return found
+        return None
+
+    def execute(self) -> record.RunRecord:
+        """Run, or go on with what an earlier process left; return the record.
+
+        Raises: UserError for what the user can mend. Any other exception becomes a record with status `failed`.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        processes = Processes(self.run.device, self.run.training.precision)
+        with FileLock(f"{self.folder}.lock") if processes.is_main else _nothing():
+            found = self.finished()
+            if found is None:
+                found = _Life(self, processes).run_all()
+        processes.wait()
+        return found
+
+
+class _nothing:
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
+
+
+def _writable(folder: Path) -> None:
+    place = folder
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: cannot be written ({place} is {'read-only' if place.is_dir() else 'a file'})")
+
+
+class _Life:
+    """One run while it runs."""
+
+    def __init__(self, plan: Plan, processes: Processes) -> None:
+        self.plan, self.run, self.folder, self.materials = plan, plan.run, plan.folder, plan.materials
+        self.processes, self.clock = processes, Clock()
+        self.trainer: Trainer | None = None
+        self.notes: list[str] = []
+
+    def run_all(self) -> record.RunRecord:
+        """Go through the phases and return the record."""
+        torch.set_num_threads(self.run.threads)
+        if self.processes.is_main:
+            record.write_json(self.folder / "config.json", self.run.to_dict())
+        status, reason = "done", ""
+        try:
+            self.work()
+        except UserError:
+            raise
+        except Diverged as error:
+            status, reason = "diverged", str(error)
+        except Exception as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            status = "failed"
+            reason = f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
+            (self.folder / "error.txt").write_text(traceback.format_exc())
+        result = self.record(status, " ".join(reason.split()))
+        if self.processes.is_main:
+            record.save(result, self.folder / "record.json")
+            if status == "done":
+                result = analyse(record.RunFolder(self.folder), self.run.analyses)
+                shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
+        return result
+
+    # ------------------------------------------------------------------------------------------------ training
+    def work(self) -> None:
+        """Train, then answer and measure."""
+        roles = self.models()
+        method, settings = self.plan.method, self.run.settings
+        distiller = stages.build(method, settings, roles.__getitem__, self.run.seed, registry.stem(self.run.method))
+        teacher = roles.get("teacher")
+        if self.run.training.optimizer_steps:
+            self.train(distiller, teacher)
+        distiller.eval()
+        if not self.processes.is_main:
+            return
+        with running(self.clock), phase("evaluate"):
+            model = distiller.predictor()
+            bare = model if hasattr(model, "save_pretrained") else distiller.student
+            models.save_student(bare, self.materials.tokenizer("student"), self.folder / "student")  # type: ignore[arg-type]
+            self.answer(model)
+            if self.run.evidence is not None and teacher is not None:
+                self.evidence(model, teacher, None)
+
+    def models(self) -> dict[str, nn.Module]:
+        """Load the roles' models, on all processes; the main one trains what the cache lacks."""
+        with running(self.clock), phase("stages"):
+            return {role: self.materials.model(role) for role in self.run.roles}
+
+    def train(self, distiller: Distiller, teacher: nn.Module | None) -> None:
+        """Train the distiller until its budget is spent and put the selected weights into it."""
+        source = self.materials.source("train")
+        extras = {
+            name: self.materials.source(data.split, self.materials.task(data.task, data.task_settings))
+            for name, data in self.run.extra.items()
+        }
+        trainer = Trainer(
+            distiller,
+            source,
+            self.run.training,
+            self.run.seed,
+            processes=self.processes,
+            extras=extras,
+            folder=self.folder,
+            identity=self.plan.id,
+            milestones=self.milestones(distiller, teacher),
+            clock=self.clock,
+            track=tracker(self.run, self.plan.id, self.folder) if self.processes.is_main else None,
+        )
+        self.trainer = trainer
+        key = digest(self.plan.id, "prepare")
+        written = self.materials.prepared(trainer, source, key)
+        if written is not None:
+            trainer.source = written
+        trainer.fit(progress=self.plan.places.progress and self.processes.is_main, label=self.label())
+        if self.run.select.rule == "best":
+            best = load_file(self.folder / "best.safetensors")
+            trainer.load_parameters({name: value for name, value in best.items()})
+
+    def label(self) -> str:
+        """The run's name on a progress bar."""
+        return f"{self.run.row} seed {self.run.seed}"
+
+    def milestones(self, distiller: Distiller, teacher: nn.Module | None) -> list[Milestone]:
+        """Return the dev scores and the snapshots of evidence, at their updates."""
+        total, select, evidence = self.run.training.optimizer_steps, self.run.select, self.run.evidence
+        found = []
+        if select.every:
+            marks = frozenset([*range(select.every, total + 1, select.every), total])
+            found.append(Milestone(marks, lambda step: self.dev_score(distiller, step)))
+        if evidence is not None and evidence.snapshots and teacher is not None and self.processes.is_main:
+            count = min(evidence.snapshots, total)
+            marks = frozenset(round(total * i / count) for i in range(1, count + 1))
+            model = teacher
+            found.append(Milestone(marks, lambda step: self.snapshot(distiller, model, step)))
+        return found
+
+    def snapshot(self, distiller: Distiller, teacher: nn.Module, step: int) -> None:
+        """Collect the light evidence of the student as it is."""
+        with phase("snapshot"), evaluating(distiller):
+            self.evidence(distiller.predictor(), teacher, step)
+
+    def dev_score(self, distiller: Distiller, step: int) -> None:
+        """Score the dev split, tell the distiller, and keep the weights where they are the best so far."""
+        trainer = self.trainer
+        assert trainer is not None
+        with phase("dev"), evaluating(distiller):
+            rows = self.outputs(distiller.predictor(), "dev", [self.run.evaluation.generation_seeds[0]], ban=0)
+            metrics: dict[str, float] = {}
+            for name in self.run.analyses:
+                scores: Callable[..., Mapping[str, float]] | None
+                scores = getattr(registry.load_analysis(name), "dev_scores", None)
+                metrics.update(scores(rows) if scores else {})
+        select = self.run.select
+        if select.score not in metrics:
+            raise UserError(f"select.score: no dev score '{select.score}'. Known: {', '.join(metrics)}.")
+        distiller.on_eval(metrics)
+        value = metrics[select.score] * (1 if select.direction == "higher" else -1)
+        if "value" not in trainer.best or value > trainer.best["value"]:
+            trainer.best = {"value": value, "step": step, "score": metrics[select.score]}
+            if self.processes.is_main:
+                part = self.folder / "best.part"
+                save_file({n: v.detach().cpu().clone() for n, v in trainer.parameters().items()}, part)
+                part.replace(self.folder / "best.safetensors")
+
+    # ---------------------------------------------------------------------------------------------- evaluation
+    def outputs(self, model: nn.Module, split: str, seeds: list[int], ban: int | None = None) -> list[dict[str, Any]]:
+        """Return the model's answers to a split."""
+        evaluation, task = self.run.evaluation, self.materials.task()
+        decode = evaluation.decode if ban is None else replace(evaluation.decode, no_repeat_ngram=ban)
+        return task.outputs(
+            model,
+            split,
+            self.materials.encoders(task)["student"],
+            decode,
+            seeds,
+            evaluation.batch_size,
+            evaluation.limit,
+            self.plan.places.progress,
+        )
+
+    def answer(self, model: nn.Module) -> None:
+        """Write the answers to every test set that has none yet."""
+        task = self.materials.task()
+        sets = [name for name in task.splits() if name.startswith("test/")]
+        if self.run.evaluation.sets != "all":
+            sets = [f"test/{name}" for name in self.run.evaluation.sets]
+        for split in sets:
+            path = self.folder / "outputs" / f"{split.removeprefix('test/')}.jsonl"
+            if not path.is_file():
+                rows = self.outputs(model, split, self.run.evaluation.generation_seeds)
+                with record.atomic(path) as file:
+                    file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+    def evidence(self, model: nn.Module, teacher: nn.Module, step: int | None) -> None:
+        """Collect evidence of the finished model, or of a snapshot; what is there already is kept."""
+        config = self.run.evidence
+        assert config is not None
+        name = "final" if step is None else f"snapshot-{step}"
+        path = self.folder / "evidence" / f"{name}.parquet"
+        if path.is_file() and step is None:
+            try:
+                read_evidence(path)
+                return
+            except record.RecordError:
+                path.unlink()
+        plan = collect.plan(self.gold(config.prompts), config, snapshot=step is not None)
+        keys = {role: self.materials.key(role) for role in ("student", "teacher")}
+        rolled: dict[str, Callable[[], list[Batch]]] = {
+            "student": lambda: collect.sample(model, plan),
+            "teacher": lambda: self.teacher_roll_in(teacher, plan, keys["teacher"]),
+        }
+        if step is None:
+            rolled["reference"] = lambda: collect.reference(plan)
+        keys["student"] = digest(self.plan.id, step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        collect.collect(
+            model, teacher, plan, rolled, path, keys, step=step, progress=self.plan.places.progress and step is None
+        )
+
+    def gold(self, prompts: int | None) -> Batch:
+        """Return the evidence prompts with their references; `finished` says that the reference kept its end."""
+        config = self.run.evidence
+        assert config is not None
+        source = TaskSource(self.materials.task(), config.split, self.materials.encoders(self.materials.task()))
+        batch = source.batch(range(min(prompts or len(source), len(source))))
+        last = batch["input_ids"].gather(1, batch["length"][:, None] - 1)[:, 0]
+        return batch.replace(finished=last == self.materials.tokenizer("student").eos_token_id)
+
+    def teacher_roll_in(self, teacher: nn.Module, plan: collect.Plan, key: str) -> list[Batch]:
+        """Return the teacher's responses, which all runs of a board share."""
+        told = digest(key, prompts_hash(plan.prompts()), plan.decoding, plan.samples, self.plan.code)
+        folder = self.plan.places.cache / "rolled" / told
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                work = folder.with_name(told + ".work")
+                shutil.rmtree(work, ignore_errors=True)
+                work.mkdir()
+                for draw, batch in enumerate(collect.sample(teacher, plan)):
+                    batch.save(work / f"{draw:03d}.safetensors")
+                work.rename(folder)
+        return [Batch.load(path) for path in sorted(folder.glob("*.safetensors"))]
+
+    # -------------------------------------------------------------------------------------------------- record
+    def record(self, status: str, reason: str) -> record.RunRecord:
+        """Return the record of what happened."""
+        run, materials = self.run, self.materials
+        trainer = self.trainer
+        budget: dict[str, float] = {"optimizer_steps": float(trainer.updates if trainer else 0)}
+        budget |= trainer.counters if trainer else {"prompts": 0.0, "tokens_seen": 0.0, "tokens_sampled": 0.0}
+        budget["init_steps"] = float(materials.steps("student"))
+        notes = [*self.notes, *(f"breaks {law}: {why}" for law, why in self.broken().items())]
+        if trainer and trainer.best:
+            notes.append(f"selected step {trainer.best['step']}: {run.select.score} {trainer.best['score']:.4f} on dev")
+        for split, counts in materials.task().counts.items():
+            told = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+            notes.append(f"{split}: {told}")
+        return record.RunRecord(
+            run_id=self.plan.id,
+            board=run.board,
+            size=run.size,
+            row=run.row,
+            distiller=record.Named(registry.stem(run.method), self.plan.code[:16]),
+            task=record.Named(run.task, materials.task().revision),
+            models={role: record.Named(_model_name(spec), materials.key(role)) for role, spec in run.roles.items()},
+            seed=run.seed,
+            config=run.to_dict(),
+            environment=environment(run),
+            budget=budget,
+            phases={
+                name: record.Phase(
+                    seconds=entry["seconds"],
+                    peak_allocated_bytes=int(entry["peak_allocated_bytes"]) or None,
+                    peak_reserved_bytes=int(entry["peak_reserved_bytes"]) or None,
+                    peak_rss_bytes=int(entry["peak_rss_bytes"]) or None,
+                )
+                for name, entry in self.clock.state().items()
+            },
+            axes=dict(run.axes),
+            status=status,
+            reason=reason,
+            notes=notes,
+        )
+
+    def broken(self) -> dict[str, str]:
+        """Return the laws that method and training settings break."""
+        if self.trainer is None:
+            return {}
+        return {**self.trainer.breaks()}
+
+
+def _model_name(spec: Any) -> str:
+    name = spec.model or (f"like:{spec.like}" if spec.like else f"fresh:{spec.architecture.model_type}")
+    return name if "/" not in name or not Path(name).exists() else Path(name).name
+
+
+def analyse(run: record.RunFolder, names: list[str]) -> record.RunRecord:
+    """Add the scores of these analyses to the record of a finished run."""
+    result = run.record
+    for name in names:
+        module = registry.load_analysis(name)
+        result = run.add(name, module.VERSION, module.analyze(run))
+    return result
+
+
+def environment(run: RunConfig) -> dict[str, Any]:
+    """Return commit, versions, device and threads; nothing that names the machine or its user."""
+    on_gpu = run.device.startswith("cuda")
+    return {
+        **_commit(),
+        **library_versions(),
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "threads": run.threads,
+    }
+
+
+def _commit() -> dict[str, Any]:
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", "-C", str(PACKAGE), *args], capture_output=True, text=True, timeout=20)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        commit = git("rev-parse", "HEAD") if (PACKAGE.parent / ".git").exists() else ""
+        dirty = bool(git("status", "--porcelain", "--untracked-files=no", "--", str(PACKAGE.parent))) if commit else False
+    except (OSError, subprocess.TimeoutExpired):
+        commit, dirty = "", False
+    return {"commit": commit or "unknown", "dirty": dirty}
+
+
+def tracker(run: RunConfig, name: str, folder: Path) -> Callable[[dict[str, float], int], None] | None:
+    """Return a function that logs a line of steps.jsonl to the tracker named in KDBENCH_TRACKER, if any.
+
+    Raises: UserError for a tracker that accelerate does not know or that is not installed.
+    """
+    wanted = os.environ.get("KDBENCH_TRACKER", "")
+    if not wanted:
+        return None
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    available = [str(getattr(kind, "value", kind)) for kind in get_available_trackers()]
+    if wanted not in available:
+        raise UserError(f"tracker '{wanted}' is not installed. Installed: {', '.join(available) or 'none'}.")
+    cls = LOGGER_TYPE_TO_CLASS[wanted]
+    args = {"logging_dir": str(folder)} if cls.requires_logging_directory else {}
+    made = cls(f"{run.row}-{name}", **args)
+    for method in ("start", "_start"):
+        if hasattr(made, method):
+            getattr(made, method)()
+            break
+    return lambda line, step: made.log({key: value for key, value in line.items() if key != "step"}, step=step)
+

@@ -1,0 +1,297 @@
+"""What a run is made of: tasks, tokenizers and models by role. What runs share is trained once, cached by content.
+
+A stage (pretraining, the teacher's fine-tuning, the common student init) is an ordinary training by
+`harness.Trainer`. Its key is a hash of everything that determines the result: the model before it, settings, data,
+seed, code and library versions. Concurrent processes wait for each other at a file lock; a killed stage resumes
+from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from filelock import FileLock
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kdbench import models, registry
+from kdbench.config import ModelSpec, Role, RunConfig, Stage, check_settings, library_versions, stage_training
+from kdbench.distiller import Batch, Distiller
+from kdbench.errors import UserError
+from kdbench.harness import BatchSource, Source, SourceData, Trainer
+from kdbench.processes import Processes
+from kdbench.streams import stream_seed
+from kdbench.task import Encoder, Task, tokenizer_hash
+
+_COSMETIC = ("name", "checkpoint_every", "log_every")
+
+
+@dataclass
+class Places:
+    """Where a run reads and writes."""
+
+    runs: Path
+    cache: Path
+    data_root: Path | None = None
+    progress: bool = False
+
+
+@dataclass
+class TaskSource:
+    """The rows of one split as batches."""
+
+    task: Task
+    split: str
+    encoders: Mapping[str, Encoder]
+    rows: list[dict[str, Any]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rows = self.task.rows(self.split, self.encoders["student"])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, index: Any) -> Batch:
+        """Return the rows at `index`."""
+        return self.task.collate([self.rows[i] for i in index], self.encoders)
+
+
+def digest(*parts: Any) -> str:
+    """Return 16 hexadecimal digits that change with any of the JSON values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def needed_roles(method: type[Distiller]) -> list[str]:
+    """Return the roles a method asks for: the argument names of its `__init__` after `cfg`."""
+    return list(inspect.signature(method.__init__).parameters)[2:]
+
+
+def build(
+    method: type[Distiller],
+    settings: Mapping[str, Any],
+    role: Callable[[str], nn.Module],
+    seed: int,
+    name: str,
+) -> Distiller:
+    """Return the distiller with its models; new modules take their weights from the seed's own stream.
+
+    Raises: UserError for a wrong setting.
+    """
+    cfg = check_settings(method.Config, settings, name)
+    filled = {name: role(name) for name in needed_roles(method)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(seed, "weights/method"))
+        return method(cfg, **filled)
+
+
+class Materials:
+    """Tasks, tokenizers and models of one run, made when asked for."""
+
+    def __init__(self, run: RunConfig, places: Places) -> None:
+        self.run, self.places = run, places
+        self._tasks: dict[str, Task] = {}
+        self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+        self._shared: int | None = None
+
+    # -------------------------------------------------------------------------------------------------- data
+    def task(self, name: str | None = None, settings: Mapping[str, Any] | None = None) -> Task:
+        """Return a task, the run's own where none is named. Raises: UserError for missing or malformed data."""
+        name, settings = (self.run.task, self.run.task_settings) if name is None else (name, settings or {})
+        key = digest(name, dict(settings))
+        if key not in self._tasks:
+            cls = registry.load_task(name)
+            filled = check_settings(cls.Settings, settings, f"task {registry.stem(name)}")
+            self._tasks[key] = cls(filled, self.places.data_root)
+        return self._tasks[key]
+
+    def tokenizer(self, role: str) -> PreTrainedTokenizerBase:
+        """Return the tokenizer of a role's model."""
+        base = self._base(role)
+        if base not in self._tokenizers:
+            spec = self.run.roles[base]
+            self._tokenizers[base] = models.load_tokenizer(
+                spec, self.task(), self.places.data_root, self.places.runs
+            )
+        return self._tokenizers[base]
+
+    def encoders(self, task: Task) -> dict[str, Encoder]:
+        """Return one encoder per role."""
+        return {role: task.encoder(self.tokenizer(role)) for role in self.run.roles}
+
+    def source(self, split: str, task: Task | None = None) -> TaskSource:
+        """Return the rows of a split of a task, the run's own where none is given."""
+        task = task or self.task()
+        return TaskSource(task, split, self.encoders(task))
+
+    def revisions(self) -> dict[str, str]:
+        """Return the content identity of every task's data that the run reads."""
+        found = {"": self.task().revision}
+        for data in self.run.extra.values():
+            found[digest(data.task, data.task_settings)] = self.task(data.task, data.task_settings).revision
+        for role in self.run.roles.values():
+            for stage in role.stages:
+                if stage.task:
+                    key = digest(stage.task, stage.task_settings)
+                    found[key] = self.task(stage.task, stage.task_settings).revision
+        return found
+
+    # ------------------------------------------------------------------------------------------------ models
+    def _base(self, role: str) -> str:
+        """The role whose model this one starts from."""
+        while (like := self.run.roles[role].like) is not None:
+            role = like
+        return role
+
+    def shared_vocabulary(self) -> int:
+        """Return how many ids all roles share; reads no weights.
+
+        Raises: UserError for models that are missing, and for vocabularies that do not fit.
+        """
+        if self._shared is None:
+            specs = {role: self.run.roles[self._base(role)] for role in self.run.roles}
+            tokenizers = {role: self.tokenizer(role) for role in self.run.roles}
+            self._shared = models.check_vocabularies(specs, tokenizers, self.places.runs)
+        return self._shared
+
+    def key(self, role: str) -> str:
+        """Return the content identity of a role's model as the run uses it."""
+        key = self._start_key(role)
+        for stage in self.run.roles[role].stages:
+            key = self._stage_key(key, stage, self.run.roles[role])
+        return key
+
+    def _start_key(self, role: str) -> str:
+        """The identity of a role's model before its own stages."""
+        spec = self.run.roles[role]
+        if spec.like is not None:
+            return self.key(spec.like)
+        revision = models.model_revision(spec, self.places.runs)
+        fresh = spec.seed if spec.architecture is not None else None
+        return digest(revision, fresh, tokenizer_hash(self.tokenizer(role)))
+
+    def _stage_key(self, before: str, stage: Stage, spec: Role) -> str:
+        task = self._stage_task(stage)
+        code = registry.code_hash(registry.code_files([stage.method], [stage.task or self.run.task]))
+        told = {
+            "method": registry.stem(stage.method),
+            "settings": stage.settings,
+            "split": stage.split,
+            "training": {k: v for k, v in stage.training.items() if k not in _COSMETIC},
+            "device": self.run.device.split(":")[0],
+            "threads": self.run.threads,
+        }
+        return digest(before, told, task.revision, code, dict(library_versions()), spec.seed)
+
+    def _stage_task(self, stage: Stage) -> Task:
+        return self.task() if stage.task is None else self.task(stage.task, stage.task_settings)
+
+    def steps(self, role: str) -> int:
+        """Return the optimizer steps of the stages behind a role's model."""
+        spec = self.run.roles[role]
+        before = self.steps(spec.like) if spec.like is not None else 0
+        return before + sum(stage_training(stage).optimizer_steps for stage in spec.stages)
+
+    def cached(self, role: str) -> bool:
+        """Whether the role's stages are trained already (or there are none)."""
+        spec = self.run.roles[role]
+        return (self._folder(self.key(role)) / "model").is_dir() if spec.stages or spec.like else True
+
+    def _folder(self, key: str) -> Path:
+        return self.places.cache / "stages" / key
+
+    def model(self, role: str) -> nn.Module:
+        """Return a role's model, training the stages behind it where the cache has them not."""
+        spec = self.run.roles[role]
+        if spec.like is not None:
+            model = self.model(spec.like)
+        else:
+            model = self._load(role, spec, stream_seed(spec.seed or 0, "weights"))
+        key = self._start_key(role)
+        for number, stage in enumerate(spec.stages):
+            key = self._stage_key(key, stage, spec)
+            model = self._trained(role, model, stage, key, stream_seed(spec.seed or 0, "stage", number))
+        return model
+
+    def _load(self, role: str, spec: ModelSpec, seed: int) -> nn.Module:
+        """Load a model, cut to the shared ids, that can encode a text for its soft prompt."""
+        tokenizer, vocab = self.tokenizer(role), self.shared_vocabulary()
+        model: Any = models.load_model(spec, tokenizer, seed, vocab=vocab, runs=self.places.runs)
+        model.to(self.run.device)
+        model.kdbench_encode = lambda text: list(tokenizer(text)["input_ids"])
+        model.kdbench_pad = tokenizer.pad_token_id
+        return cast(nn.Module, model)
+
+    def _trained(self, role: str, model: nn.Module, stage: Stage, key: str, seed: int) -> nn.Module:
+        final, work = self._folder(key), self._folder(key + ".work")
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{final}.lock"):
+            if not (final / "model").is_dir():
+                self._train(role, model, stage, key, seed, work)
+                (work / "stage.json").write_text(json.dumps({"role": role, "stage": stage.name, "key": key}))
+                shutil.rmtree(work / "checkpoint", ignore_errors=True)
+                work.rename(final)
+        return self._load(role, ModelSpec(model=str(final / "model")), 0)
+
+    def _train(self, role: str, model: nn.Module, stage: Stage, key: str, seed: int, work: Path) -> None:
+        training = stage_training(stage)
+        method = registry.load_distiller(stage.method)
+        owner = f"{role}: stage '{stage.name}'"
+        distiller = build(
+            method, stage.settings, lambda r: model if r == "student" else self.model(r), seed, owner
+        )
+        source = self.source(stage.split, self._stage_task(stage))
+        solo = Processes(self.run.device, training.precision, solo=True)
+        trainer = Trainer(distiller, source, training, seed, processes=solo, folder=work, identity=key)
+        trainer.fit(progress=self.places.progress, label=f"{role} {stage.name}")
+        models.save_student(
+            cast(PreTrainedModel, distiller.predictor()), self.tokenizer(role), work / "model"
+        )
+
+    # --------------------------------------------------------------------------------------- what prepare makes
+    def prepared(self, trainer: Trainer, source: Source, key: str) -> Source | None:
+        """Return the training rows that `prepare` made instead of the task's, if any; cached under `key`."""
+        final = self.places.cache / "prepared" / key
+        work = final.with_name(key + ".work")
+        final.parent.mkdir(parents=True, exist_ok=True)
+        others = {
+            f"{group}/{name}": param
+            for group, optimizer in trainer.optimizers.items()
+            if group != "student"
+            for name, param in optimizer.params.items()
+        }
+        with FileLock(f"{final}.lock"):
+            if not final.is_dir():
+                sources: dict[str, Source] = {"train": source, **trainer.extras}
+                if "dev" in self.task().splits():
+                    sources["dev"] = self.source("dev")
+                data = SourceData(
+                    sources, trainer.rollout_batch, trainer.processes.device, self.places.progress
+                )
+                made = trainer.prepare(data) or {}
+                if set(made) - {"train"}:
+                    raise UserError(
+                        f"{self.run.method}: prepare may return 'train' only, not {', '.join(made)}"
+                    )
+                shutil.rmtree(work, ignore_errors=True)
+                work.mkdir()
+                for name, rows in made.items():
+                    rows.save(work / f"{name}.rows.safetensors")
+                if others:
+                    Batch({k: v[None] for k, v in others.items()}).save(work / "groups.safetensors")
+                (work / "sampled.json").write_text(json.dumps(trainer.counters))
+                work.rename(final)
+        trainer.counters.update(json.loads((final / "sampled.json").read_text()))
+        if others:
+            with torch.no_grad():
+                for name, value in Batch.load(final / "groups.safetensors").items():
+                    others[name].copy_(value[0])
+        made_rows = final / "train.rows.safetensors"
+        return BatchSource(Batch.load(made_rows)) if made_rows.exists() else None
