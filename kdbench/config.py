@@ -99,6 +99,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         _positive(batch_size=self.batch_size, lr=self.lr, micro_batch=self.micro_batch, eps=self.eps)
+        _positive(max_new_tokens=self.max_new_tokens)
         _positive(rollout_batch=self.rollout_batch, grad_clip=self.grad_clip, log_every=self.log_every)
         _within(0, float("inf"), optimizer_steps=self.optimizer_steps, warmup_steps=self.warmup_steps)
         _within(0, float("inf"), weight_decay=self.weight_decay, checkpoint_every=self.checkpoint_every)
@@ -736,6 +737,7 @@ def resolve(
     overrides: Sequence[str] = (),
     *,
     axes: Mapping[str, Scalar] | None = None,
+    among: Sequence[str] | None = None,
     device: str = "cpu",
     settings_class: type[Any] | None = None,
     task_settings_class: type[Any] | None = None,
@@ -743,10 +745,12 @@ def resolve(
     """One run of a board: a row, or a registered method or plug-in file that becomes a row of its own.
 
     `overrides` are `section.key=value` with the section training, evaluation, evidence, select, task,
-    `method`, or the name of a method or row (then other rows are left alone). What they really change makes
-    a row of its own, named by it: `promptkd[prompt_length=5]`. With `settings_class` (a distiller's
-    `Config`) and `task_settings_class` the settings are checked and completed by their defaults; without,
-    they are kept as given. Later ones win: size, row, the size's row, the tuned learning rate, overrides.
+    `method`, or the name of a method or row (then other rows are left alone; `among` are the rows, methods
+    and files of the same command, one of which it must name; None: any that there is). What they really
+    change makes a row of its own, named by it: `promptkd[prompt_length=5]`. With `settings_class` (a
+    distiller's `Config`) and `task_settings_class` the settings are checked and completed by their
+    defaults; without, they are kept as given. Later ones win: size, row, the size's row, the tuned learning
+    rate, overrides.
 
     Raises: UserError for an unknown size, row, method, task, analysis, role, section or setting, a wrong
     type, a missing model, and an override of the budget on a board whose budgets are equal.
@@ -758,7 +762,7 @@ def resolve(
     if set(axes) != set(board.axes):
         raise UserError(f"{board.id}: a run needs a value for each axis ({', '.join(board.axes) or 'none'})")
     own = {line.name} if line.reference else {"method", line.name, registry.stem(line.method)}
-    parsed = _own_overrides(board, [parse_override(text) for text in overrides], own)
+    parsed = _own_overrides(board, [parse_override(text) for text in overrides], own, among)
     if line.reference:
         parsed = [one for one in parsed if one.section not in ("training", "select")]
     for kind, names in (("tasks", [board.task]), ("analyses", board.analyses)):
@@ -860,10 +864,14 @@ class _Extra:
     extra: dict[str, Data]
 
 
-def _own_overrides(board: Board, overrides: Iterable[Override], own: set[str]) -> list[Override]:
+def _own_overrides(
+    board: Board, overrides: Iterable[Override], own: set[str], among: Sequence[str] | None
+) -> list[Override]:
     """The overrides that concern this row, the method's under the section `method`."""
-    others = {row.name for row in board.rows} | {registry.stem(row.method) for row in board.rows}
-    others |= set(registry.names("distillers"))
+    if among is None:
+        among = [*(row.name for row in board.rows), *registry.names("distillers")]
+    lines = [_find_row(board, name) for name in among]
+    others = {"method", *(line.name for line in lines), *(registry.stem(line.method) for line in lines)}
     kept = []
     for one in overrides:
         if one.section in own:
@@ -871,7 +879,7 @@ def _own_overrides(board: Board, overrides: Iterable[Override], own: set[str]) -
         elif one.section in _SECTIONS:
             kept.append(one)
         elif one.section not in others:
-            raise unknown("section", one.section, [*sorted(own), *_SECTIONS], "--set")
+            raise unknown("section", one.section, [*sorted(own | others), *_SECTIONS], "--set")
     return kept
 
 

@@ -88,7 +88,8 @@ def causal_batch() -> Callable[..., Batch]:
     """Makes a Batch of random ids from `sizes`, one (prompt length, response length) per row.
 
     Each response ends in EOS (id 0), and the padding is EOS too, unless `pad` says otherwise: masks that
-    come from ids rather than from lengths are wrong here. `first_id` numbers the examples, `width` pads further.
+    come from ids rather than from lengths are wrong here. `first_id` numbers the examples, `width` pads
+    further.
     """
 
     def make(
