@@ -1,7 +1,8 @@
 """Data sets by name: where each comes from, what a local folder has of it, and reading its files.
 
-A set is a file `configs/data/<name>.toml`. It names the public source, the licence, and per split the file on the hub
-and the file in a local data folder with the sha256 of its (uncompressed) bytes. A local file may be gzipped.
+A set is a file `configs/data/<name>.toml`. It names the public source, the licence, and per split the file on
+the hub and the file in a local data folder with the sha256 of its (uncompressed) bytes. A local file may be
+gzipped.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ _MARKED = re.compile(r"### Instruction:\n(.*?)(?:\n\n### Input:\n(.*?))?\n\n### 
 class DataFile:
     """One file of a set: `local` below the data folder, `hub_file` in the set's hub repository, or both.
 
-    Of a hub file the records `start` to `stop` (None: the end) are used; a local file is used whole. `records` and
-    `sha256` are those of the local file that published records were made with.
+    Of a hub file the records `start` to `stop` (None: the end) are used; a local file is used whole.
+    `records` and `sha256` are those of the local file that published records were made with.
     """
 
     local: str | None = None
@@ -45,7 +46,9 @@ class DataFile:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A named set; `kind` is "instruct" (JSONL) or "text". `parted_by` parts a text file into documents."""
+    """A named set; `kind` is "instruct" (JSONL) or "text". `parted_by` parts a text file into documents;
+    `scored_by` names the score that the set is meant for where it is not ROUGE-L.
+    """
 
     name: str
     kind: str
@@ -53,6 +56,7 @@ class DataSet:
     licence: str
     note: str = ""
     hub: str | None = None
+    scored_by: str | None = None
     parted_by: str | None = None
     files: dict[str, DataFile] = field(default_factory=dict)
 
@@ -104,8 +108,8 @@ def read_text(path: Path) -> tuple[str, str]:
 def read_jsonl(path: Path) -> tuple[list[Row], str]:
     """The instruction rows of a JSONL file and the sha256 of its uncompressed bytes; blank lines are skipped.
 
-    Raises: UserError with file and line for a line that is not JSON, lacks a field or has one of a wrong type; with
-    the file when it holds no record.
+    Raises: UserError with file and line for a line that is not JSON, lacks a field or has one of a wrong
+    type; with the file when it holds no record.
     """
     text, digest = read_text(path)
     rows = []
@@ -123,10 +127,11 @@ def read_jsonl(path: Path) -> tuple[list[Row], str]:
 
 
 def instruction_row(item: Any, where: str) -> Row:
-    """The fields of one record that a task reads: instruction, input, output, and `prefix` where there is one.
+    """The fields of one record that a task reads: instruction, input, output, and `prefix` where there is
+    one.
 
-    `input` may be missing or null (no input). A record that has a ready-made `prompt` in place of `instruction`, `<n>`
-    for newline, is taken apart at the template's headings.
+    `input` may be missing or null (no input). A record that has a ready-made `prompt` in place of
+    `instruction`, `<n>` for newline, is taken apart at the template's headings.
 
     Raises: UserError, beginning with `where`, for a missing or malformed field.
     """
@@ -161,8 +166,8 @@ def instruction_row(item: Any, where: str) -> Row:
 def sources(data_root: Path | None, kinds: Iterable[str] = ("instruct", "text")) -> list[dict[str, str]]:
     """One row per file of every known set, as text: what `kdbench list data` prints.
 
-    Columns: set, split, records, source, licence, hub, sha256 (of the uncompressed local file), local ("present", "other
-    content", "lacking", "no data root", or "hub only"), note.
+    Columns: set, split, records, source, licence, hub, sha256 (of the uncompressed local file), local
+    ("present", "other content", "lacking", "no data root", or "hub only"), note.
     """
     wanted = set(kinds)
     table = []

@@ -1,8 +1,8 @@
 """Loads a student or teacher and its tokenizer: hub id, local folder, `run:<id>`, or a fresh architecture.
 
-Everything that can be refused without weights is refused before any load: a folder without weights, a tokenizer
-that does not fit, vocabularies of teacher and student that differ. Code from the hub is never run, and weights are
-read from safetensors only.
+Everything that can be refused without weights is refused before any load: a folder without weights, a
+tokenizer that does not fit, vocabularies of teacher and student that differ. Code from the hub is never run,
+and weights are read from safetensors only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import (
     CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -29,9 +28,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kdbench.data import ROOT_HELP
-from kdbench.errors import UserError, unknown
+from kdbench.errors import UserError, nearest, unknown
 from kdbench.paths import cache_dir, runs_dir
 from kdbench.streams import stream_seed
 from kdbench.task import Task
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from kdbench.config import ModelSpec
 
 END = "<|endoftext|>"
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}  # left out, transformers asks the user
 
 
 def load_tokenizer(
@@ -47,8 +48,9 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, with an end-of-text token, which also pads where there is no padding token.
 
-    `spec.tokenizer` is "task", "data:<folder below the data root>", "train:bpe:<size>" (byte-level BPE trained on the
-    task's train text, once), a local folder or a hub id; None takes the model's own, or the task's for a fresh model.
+    `spec.tokenizer` is "task", "data:<folder below the data root>", "train:bpe:<size>" (byte-level BPE
+    trained on the task's train text, once), a local folder or a hub id; None takes the model's own, or the
+    task's for a fresh model.
 
     Raises: UserError when there is no such tokenizer, or it has no end-of-text token.
     """
@@ -76,7 +78,7 @@ def load_tokenizer(
     if found is not None:
         return _from_folder(found)
     try:
-        return _ready(AutoTokenizer.from_pretrained(name, revision=_revision(spec, name)), name)
+        return _ready(AutoTokenizer.from_pretrained(name, revision=_revision(spec, name), **NO_CODE), name)
     except UserError:
         raise
     except Exception as error:  # missing repository, network, unreadable files: one line for all
@@ -95,9 +97,11 @@ def load_model(
     """The model in eval mode on the CPU; a fresh one has weights that `seed` alone fixes.
 
     `vocab` is what `check_vocabularies` returned: ids from it on are left out of every distribution (by
-    `config.kdbench_vocab`), so that padded heads compare. `config.eos_token_id` becomes the tokenizer's, one int.
+    `config.kdbench_vocab`), so that padded heads compare. `config.eos_token_id` becomes the tokenizer's, one
+    int.
 
-    Raises: UserError when there is no such model, it has no (or not all) weights, or too few rows for the tokenizer.
+    Raises: UserError when there is no such model, it has no (or not all) weights, or too few rows for the
+    tokenizer.
     """
     usable = min(vocab or vocabulary(tokenizer), vocabulary(tokenizer))
     config = load_config(spec, tokenizer, runs)
@@ -125,7 +129,8 @@ def load_model(
 def load_config(
     spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, runs: Path | None = None
 ) -> PreTrainedConfig:
-    """The model's configuration, without its weights; a fresh one takes vocabulary and special ids from the tokenizer.
+    """The model's configuration, without its weights; a fresh one takes vocabulary and special ids from the
+    tokenizer.
 
     Raises: UserError for a missing model, a folder without weights, an unknown architecture or setting.
     """
@@ -135,10 +140,10 @@ def load_config(
     if folder is not None:
         weight_files(folder)
     try:
-        config = AutoConfig.from_pretrained(str(folder or spec.model), revision=spec.revision)
+        config = AutoConfig.from_pretrained(str(folder or spec.model), revision=spec.revision, **NO_CODE)
     except Exception as error:
         raise _unavailable("model", spec.model, error) from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(f"model {spec.model}: '{config.model_type}' is no causal language model")
     assert isinstance(config, PreTrainedConfig)
     return config
@@ -151,7 +156,8 @@ def check_vocabularies(
 ) -> int:
     """The number of ids that all roles share: pass it to `load_model` as `vocab`. No weights are read.
 
-    The tokenizers must be the same, apart from special tokens added at the end; heads may be padded to other sizes.
+    The tokenizers must be the same, apart from special tokens added at the end; heads may be padded to other
+    sizes.
 
     Raises: UserError with both roles and sizes when they are not, or when a model has fewer rows than that.
     """
@@ -164,8 +170,9 @@ def check_vocabularies(
     for role in roles[1:]:
         if not _same(tokenizers[first], tokenizers[role]):
             raise UserError(
-                f"{first} and {role} have different tokenizers: {first} has {sizes[first]} tokens (model vocabulary"
-                f" {rows[first]}), {role} has {sizes[role]} (model vocabulary {rows[role]}); give both the same one"
+                f"{first} and {role} have different tokenizers: {first} has {sizes[first]} tokens"
+                f" (model vocabulary {rows[first]}), {role} has {sizes[role]}"
+                f" (model vocabulary {rows[role]}); give both the same one"
             )
     shared = min(sizes.values())
     for role in roles:
@@ -176,13 +183,31 @@ def check_vocabularies(
     return shared
 
 
+def check_positions(
+    spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, tokens: int, runs: Path | None = None
+) -> None:
+    """Refuses, before weights are read, a model with fewer positions than the longest sequence takes.
+
+    Raises: UserError with both numbers.
+    """
+    config = load_config(spec, tokenizer, runs).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and positions < tokens:
+        raise UserError(
+            f"model {_name(spec)}: has {positions} positions, the longest sequence takes {tokens};"
+            " lower max_length or the prompt's length"
+        )
+
+
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
     """The number of ids that a tokenizer uses: its largest id plus one."""
     return int(max(tokenizer.get_vocab().values())) + 1
 
 
 def save_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes model (safetensors) and tokenizer so that `from_pretrained` loads them; nothing of kdbench is in them."""
+    """Writes model (safetensors) and tokenizer so that `from_pretrained` loads them; nothing of kdbench is in
+    them.
+    """
     vocab = getattr(model.config, "kdbench_vocab", None)
     if vocab is not None:
         del model.config.kdbench_vocab
@@ -195,7 +220,8 @@ def save_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
 
 
 def model_revision(spec: ModelSpec, runs: Path | None = None) -> str:
-    """Content identity of what `spec` names: hash of a fresh configuration, of a folder's files, or the hub's commit.
+    """Content identity of what `spec` names: hash of a fresh configuration, of a folder's files, or the hub's
+    commit.
 
     Raises: UserError as `load_config`.
     """
@@ -207,7 +233,7 @@ def model_revision(spec: ModelSpec, runs: Path | None = None) -> str:
         files = [folder / "config.json", *weight_files(folder)]
         return "sha256:" + hashlib.sha256("".join(map(_file_hash, files)).encode()).hexdigest()[:16]
     try:
-        config = AutoConfig.from_pretrained(spec.model, revision=spec.revision)
+        config = AutoConfig.from_pretrained(spec.model, revision=spec.revision, **NO_CODE)
     except Exception as error:
         raise _unavailable("model", spec.model, error) from error
     return f"hub:{getattr(config, '_commit_hash', None) or spec.revision or 'unknown'}"
@@ -288,7 +314,7 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
     if not single.is_file() and not any(folder.glob("*vocab*")) and not any(folder.glob("*.model")):
         raise UserError(f"tokenizer '{folder}': the folder holds none (tokenizer.json)")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **NO_CODE)
     except Exception as error:
         raise _unavailable("tokenizer", str(folder), error) from error
     return _ready(tokenizer, str(folder))
@@ -334,9 +360,12 @@ def _write(path: Path, text: str) -> None:
 def _fresh_config(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     assert spec.architecture is not None
     kind, given = spec.architecture.model_type, spec.architecture.config
-    causal = sorted(name for name in CONFIG_MAPPING if CONFIG_MAPPING[name] in MODEL_FOR_CAUSAL_LM_MAPPING)
-    if kind not in causal:
-        raise unknown("architecture", kind, causal)
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        near = nearest(kind, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        raise UserError(
+            f"architecture: transformers has no causal language model '{kind}'."
+            + (f" Did you mean '{near}'?" if near is not None else " For example: gpt2.")
+        )
     cls = CONFIG_MAPPING[kind]
     known = [*cls().to_dict(), *getattr(cls, "attribute_map", {})]
     for key in given:
@@ -364,6 +393,7 @@ def _pretrained(
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
+            **NO_CODE,
         )
     except Exception as error:
         raise _unavailable("model", spec.model, error) from error

@@ -3,8 +3,9 @@
 Source: template, tokenisation, truncation and test-time prompts as in MiniLLM (Gu et al. 2024,
 https://arxiv.org/abs/2306.08543) and PromptKD (Kim et al. 2024, https://arxiv.org/abs/2402.12842),
 read in their public data processing code.
-Differs: a response that merges with the end of its prompt is encoded apart, where that code splits at the wrong
-token; test prompts never get a BOS, as in training; masks come from lengths, so that pad == eos costs no target.
+Differs: a response that merges with the end of its prompt is encoded apart, where that code splits at the
+wrong token; test prompts never get a BOS, as in training; masks come from lengths, so that pad == eos costs
+no target.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ class Decode(Protocol):
 class Encoded:
     """Token ids of one example.
 
-    `prompt` and `response` are int64 arrays; `response` ends in EOS unless `response_cut`. `prompt_tokens` counts
-    the prompt before it was cut, `apart` says that the response was encoded apart from its prompt.
+    `prompt` and `response` are int64 arrays; `response` ends in EOS unless `response_cut`. `prompt_tokens`
+    counts the prompt before it was cut, `apart` says that the response was encoded apart from its prompt.
     """
 
     prompt: Ids
@@ -80,8 +81,8 @@ class Encoded:
 class Encoder:
     """Turns prompts and responses into token ids with one tokenizer and the task's length limits.
 
-    `max_prompt` and `max_length` (prompt + response + EOS) are in tokens. `key` names the tokenizer's content and
-    the limits, so that equal encoders share a cache.
+    `max_prompt` and `max_length` (prompt + response + EOS) are in tokens. `key` names the tokenizer's content
+    and the limits, so that equal encoders share a cache.
 
     Raises: UserError when the tokenizer has no end-of-text token or the limits leave no room for a response.
     """
@@ -106,10 +107,10 @@ class Encoder:
     def encode(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
         """Encodes (prompt, response) pairs without special tokens.
 
-        The response is what encode(prompt + response) has after the prompt's ids, plus EOS. Where the prompt's ids
-        are not a prefix (the response merges with the prompt's last characters), it is encoded apart. A prompt over
-        `max_prompt` keeps its head; prompt and response together keep their first `max_length` tokens, which can
-        cost the EOS.
+        The response is what encode(prompt + response) has after the prompt's ids, plus EOS. Where the
+        prompt's ids are not a prefix (the response merges with the prompt's last characters), it is encoded
+        apart. A prompt over `max_prompt` keeps its head; prompt and response together keep their first
+        `max_length` tokens, which can cost the EOS.
 
         Source: MiniLLM's `process_data_dolly.py`; the part that is encoded apart differs.
         """
@@ -240,7 +241,9 @@ class Task:
         return Encoder(tokenizer)
 
     def collate(self, rows: Sequence[Row], encoders: Mapping[str, Encoder]) -> Batch:
-        """The rows as a Batch with `fields`; `encoders` holds one encoder per role, "student" makes `input_ids`."""
+        """The rows as a Batch with `fields`; `encoders` holds one encoder per role, "student" makes
+        `input_ids`.
+        """
         raise NotImplementedError
 
     def outputs(
@@ -254,15 +257,19 @@ class Task:
         limit: int | None = None,
         progress: bool = False,
     ) -> list[dict[str, Any]]:
-        """What the model gives for every example of a split: one JSON-able row per generation seed and example."""
+        """What the model gives for every example of a split: one JSON-able row per generation seed and
+        example.
+        """
         raise NotImplementedError
 
 
 class InstructionTask(Task):
-    """Instructions answered in text: rows with `instruction`, `input`, `output` (text or a list of references).
+    """Instructions answered in text: rows with `instruction`, `input`, `output` (text or a list of
+    references).
 
-    A subclass defines `splits` and `load`. A row may have `prefix`, text put before the template. Training uses the
-    first reference. Train and dev rows whose prompt is over `max_prompt` are dropped, test prompts are cut.
+    A subclass defines `splits` and `load`. A row may have `prefix`, text put before the template. Training
+    uses the first reference. Train and dev rows whose prompt is over `max_prompt` are dropped, test prompts
+    are cut.
     """
 
     RULES: ClassVar[int] = 1  # raised when template, tokenisation or truncation change
@@ -293,6 +300,10 @@ class InstructionTask(Task):
         output = row["output"]
         return [output] if isinstance(output, str) else list(output)
 
+    def scored_by(self, split: str) -> str | None:
+        """The score that a set is meant for when it is not ROUGE-L: "exact_match" for short answers."""
+        return None
+
     def texts(self, split: str) -> Iterator[str]:
         for row in self.rows(split):
             yield self.prompt(row) + self.references(row)[0]
@@ -315,7 +326,7 @@ class InstructionTask(Task):
         kept = [row for row in rows if row["example_id"] not in dropped]
         if not kept:
             raise UserError(
-                f"task {self.name}: every prompt of split '{split}' is over max_prompt = {encoder.max_prompt} tokens"
+                f"task {self.name}: all prompts of '{split}' are over max_prompt = {encoder.max_prompt}"
             )
         left = [encoded[row["example_id"]][1] for row in kept]
         self.counts[split] = {
@@ -368,16 +379,18 @@ class InstructionTask(Task):
     ) -> list[dict[str, Any]]:
         """One sampled response per example and generation seed, rows ordered by seed, then as in the split.
 
-        Each row: example_id, set ("dev", or the name after "test/"), seed, prompt (as the model saw it), response
-        (special tokens left out), references, tokens (ids, EOS included when produced), finished (EOS produced).
-        `limit` takes that many examples spread evenly over the split. A response depends on the seed, the set, the
-        example and the model, not on the batch it was in; prompts of like length share one to save padding.
+        Each row: example_id, set ("dev", or the name after "test/"), seed, prompt (as the model saw it),
+        response (special tokens left out), references, tokens (their number, EOS included when produced),
+        finished (EOS produced), and scored_by where the set is not scored by ROUGE-L. `limit` takes that many
+        examples spread evenly over the split. A response depends on the seed, the set, the example and the
+        model, not on the batch it was in; prompts of like length share one to save padding.
         """
         rows = spread(self.rows(split, encoder), limit)
         items = self.encoded(rows, encoder)
         order = sorted(range(len(rows)), key=lambda i: (-len(items[i].prompt), i))
         chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         label = split.removeprefix("test/")
+        scored_by = self.scored_by(split)
         device = next(model.parameters()).device
         out: list[dict[str, Any]] = []
         with tqdm(total=len(seeds) * len(rows), desc=f"generate {label}", disable=not progress) as bar:
@@ -409,9 +422,11 @@ class InstructionTask(Task):
                             "prompt": encoder.decode(prompts[j].tolist()),
                             "response": encoder.decode(tokens),
                             "references": self.references(rows[i]),
-                            "tokens": tokens,
+                            "tokens": len(tokens),
                             "finished": bool(result["finished"][j]),
                         }
+                        if scored_by is not None:
+                            made[i]["scored_by"] = scored_by
                     bar.update(len(chunk))
                 out += [made[i] for i in range(len(rows))]
         return out
@@ -431,9 +446,11 @@ class InstructionTask(Task):
 
 
 def template(row: Row) -> str:
-    """The prompt of an instruction row: `prefix` if there is one, then the template with `instruction` and `input`.
+    """The prompt of an instruction row: `prefix` if there is one, then the template with `instruction` and
+    `input`.
 
-    Source: MiniLLM's and PromptKD's `process_data_dolly.py`, byte for byte; a missing or empty input has its own form.
+    Source: MiniLLM's and PromptKD's `process_data_dolly.py`, byte for byte; a missing or empty input has its
+    own form.
     """
     form = _WITH_INPUT if row.get("input") else _WITHOUT_INPUT
     return str(row.get("prefix", "")) + form.format(

@@ -1,8 +1,11 @@
-"""Instructions with reference responses, read from JSONL: the papers' five sets by name, or any data of that form.
+"""Instructions with reference responses, read from JSONL: the papers' five sets by name, or any data of that
+form.
 
-Source: sets, splits and filters of MiniLLM (Gu et al. 2024, https://arxiv.org/abs/2306.08543), used by PromptKD (Kim et
-al. 2024, https://arxiv.org/abs/2402.12842); its files on the hub, https://huggingface.co/MiniLLM.
-Differs: a local data folder may hold other copies of the sets; each copy's checksum enters the task's revision.
+Source: sets, splits and filters of MiniLLM (Gu et al. 2024, https://arxiv.org/abs/2306.08543), used by
+PromptKD (Kim et al. 2024, https://arxiv.org/abs/2402.12842); its files on the hub,
+https://huggingface.co/MiniLLM.
+Differs: a local data folder may hold other copies of the sets; each copy's checksum enters the task's
+revision.
 """
 
 from __future__ import annotations
@@ -29,9 +32,9 @@ _ROLES = {"train": ("train",), "dev": ("dev", "valid", "validation"), "test": ("
 class Instruct(InstructionTask):
     """Train, dev and test sets of instructions.
 
-    A set is a name (`kdbench list data`), a JSONL file, a folder with train.jsonl, dev.jsonl and test.jsonl (each may be
-    gzipped), or a hub id `owner/name`. Where one file has to serve several of train, dev and test, dev is its first
-    tenth (1,000 records at most), test the next tenth (likewise), and train the rest.
+    A set is a name (`kdbench list data`), a JSONL file, a folder with train.jsonl, dev.jsonl and test.jsonl
+    (each may be gzipped), or a hub id `owner/name`. Where one file has to serve several of train, dev and
+    test, dev is its first tenth (1,000 records at most), test the next tenth (likewise), and train the rest.
     """
 
     name: ClassVar[str] = "instruct"
@@ -81,7 +84,8 @@ class Instruct(InstructionTask):
     def load(self, split: str) -> list[Row]:
         """Reads one split; `example_id` is the record's number in its set, whatever the limit.
 
-        Raises: UserError for a file that is missing, empty or malformed (with its line), or a hub out of reach.
+        Raises: UserError for a file that is missing, empty or malformed (with its line), or a hub out of
+        reach.
         """
         spec, role = self._specs[split], _role(split)
         place = self._locate(spec, role)
@@ -102,6 +106,10 @@ class Instruct(InstructionTask):
         self.origins[split] = {**origin, "records": len(rows)}
         limit: int = getattr(self.settings, f"{role}_limit")
         return spread(rows, limit)
+
+    def scored_by(self, split: str) -> str | None:
+        one = self._known.get(self._specs[split]) if self.settings.source != "path" else None
+        return None if one is None else one.scored_by
 
     def _shown(self, path: Path) -> str:
         if self.data_root is not None and path.is_relative_to(self.data_root.resolve()):
@@ -180,7 +188,7 @@ def _in_folder(folder: Path, role: str) -> Path:
 
 
 def _load_dataset(repo: str, role: str, used: set[str]) -> tuple[list[Row], dict[str, Any], set[str]]:
-    """The rows of a hub data set for a role, their origin, and which of the `used` roles read the same split."""
+    """The rows of a hub data set for a role, their origin, and which `used` roles read the same split."""
     import datasets
 
     try:
@@ -212,7 +220,7 @@ def _part(rows: list[Row], role: str, roles: set[str], spec: str) -> list[Row]:
     held = min(1000, len(rows) // 10)
     if held == 0:
         raise UserError(
-            f"{spec}: {len(rows)} records are too few to be parted into {', '.join(sorted(roles))}; it takes 10"
+            f"{spec}: {len(rows)} records are too few to part into {', '.join(sorted(roles))}; it takes 10"
         )
     ends = {"dev": held if "dev" in roles else 0}
     ends["test"] = ends["dev"] + (held if "test" in roles else 0)

@@ -1,8 +1,8 @@
 """Plain text cut into chunks, for pretraining models from scratch.
 
-Documents are tokenised, joined with EOS after each, and cut into chunks of `max_length` tokens, as GPT-2 style
-pretraining data usually is. A chunk is a batch row with a prompt of one token, so that the ordinary supervised loss
-trains on every other token.
+Documents are tokenised, joined with EOS after each, and cut into chunks of `max_length` tokens, as GPT-2
+style pretraining data usually is. A chunk is a batch row with a prompt of one token, so that the ordinary
+supervised loss trains on every other token.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class Text(Task):
 
     @dataclass
     class Settings:
-        """Which corpora, by name (`kdbench list data`) or as a .txt file or a folder of them, and how they are cut."""
+        """Which corpora, by name (`kdbench list data`) or as a .txt file or a folder of them, and how they
+        are cut.
+        """
 
         corpora: list[str] = field(
             default_factory=lambda: [
@@ -103,7 +105,9 @@ class Text(Task):
         return Encoder(tokenizer, 1, self.settings.max_length)
 
     def select(self, split: str, encoder: Encoder) -> list[Row]:
-        """The chunks of a split: rows with `ids`, int64 [max_length]; the last is shorter, and left out below 2."""
+        """The chunks of a split: rows with `ids`, int64 [max_length]; the last is shorter, and left out below
+        2.
+        """
         key = (split, encoder.key)
         if key not in self._chunks:
             texts = [row["text"] for row in self.rows(split)]
@@ -179,7 +183,9 @@ def _is_text(path: Path) -> bool:
 
 
 def _documents(path: Path, parted_by: str | None) -> tuple[list[str], str]:
-    """The documents of a text or JSONL file and the sha256 of its bytes; instructions in the template, answered."""
+    """The documents of a text or JSONL file and the sha256 of its bytes; instructions in the template,
+    answered.
+    """
     if path.name.removesuffix(".gz").endswith(".jsonl"):
         rows, digest = data.read_jsonl(path)
         answers = [row["output"] if isinstance(row["output"], str) else row["output"][0] for row in rows]
@@ -193,8 +199,9 @@ def _documents(path: Path, parted_by: str | None) -> tuple[list[str], str]:
 
 
 def _cut(documents: list[str], at: int) -> tuple[list[str], list[str]]:
-    """The documents before and after character `at` of them all; the document around it is cut at its last newline or
-    space before it."""
+    """The documents before and after character `at` of them all; the document around it is cut at its last
+    newline or space before it.
+    """
     before = 0
     for index, document in enumerate(documents):
         if before + len(document) > at:
