@@ -26,9 +26,8 @@ class Prediction:
         self.targets = targets
         self.vocab = vocab
         self._head = head
-        self._grad = (
-            torch.is_grad_enabled()
-        )  # a prediction made without gradients stays so, its head included
+        # a prediction made without gradients stays so, also when the head, which is a parameter, projects it later
+        self._grad = torch.is_grad_enabled()
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -52,13 +51,15 @@ def _logits_are_head_of_trunk(model: nn.Module) -> bool:
             _splits[model] = False
         else:
             ids = torch.arange(4, device=next(model.parameters()).device)[None] % usable_vocab(model)
-            training, enabled = model.training, torch.is_autocast_enabled(ids.device.type)
+            modes = [(module, module.training) for module in model.modules()]
+            enabled = torch.is_autocast_enabled(ids.device.type)
             model.eval()
             with torch.no_grad(), torch.autocast(ids.device.type, enabled=enabled):
                 probe = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
                 ours = head(trunk(**probe).last_hidden_state)
                 whole = model(**probe).logits
-            model.train(training)
+            for module, training in modes:
+                module.training = training
             _splits[model] = bool(torch.equal(ours, whole))
     return _splits[model]
 

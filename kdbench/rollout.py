@@ -227,7 +227,8 @@ class _Stream:
 
     def __init__(self, view: CausalLM, ids: Tensor, mask: Tensor) -> None:
         self.view = view
-        self.takes_positions = "position_ids" in signature(view.inner.forward).parameters
+        forwards = [view.inner.forward, getattr(view.inner, "base_model", view.inner).forward]
+        self.takes_positions = any("position_ids" in signature(forward).parameters for forward in forwards)
         inputs: dict[str, Any] = {"input_ids": ids}
         if view.prompt is not None:
             embedded, mask = _place_prompt(view, ids, mask)
