@@ -35,7 +35,7 @@ def tiny_gpt2(seed: int, width: int = 8, layers: int = 1) -> GPT2LMHeadModel:
 
 
 def ragged_rows() -> Batch:
-    """Five rows padded with EOS: prompts of 1 to 4 tokens, responses of 1 to 6, one unfinished, one just EOS."""
+    """Five rows padded with EOS: prompts of 1 to 4 tokens, responses of 1 to 6, one unfinished, one empty."""
     prompts = [[3, 4], [5], [6, 7, 8, 9], [1, 2, 3], [4, 4]]
     responses = [[5, 6, EOS], [7, 8, 9, 10, 11, EOS], [EOS], [12, 1], [2, EOS]]
     return make_rows(prompts, responses)

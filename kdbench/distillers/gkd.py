@@ -1,7 +1,7 @@
 """Generalized knowledge distillation: the student learns from the teacher on its own responses.
 
 Source: Agarwal et al. 2024, https://arxiv.org/abs/2306.13649, sec. 3 and algorithm 1. The defaults are what
-the PromptKD paper (Kim et al. 2024, https://arxiv.org/abs/2402.12842, sec. 4.1) says of its GKD baseline:
+the PromptKD paper (Kim et al. 2024, https://arxiv.org/abs/2402.12842, sec. 4) says of its GKD baseline:
 reverse KL, student-sampled responses only.
 Differs: `student_fraction` is the paper's lambda; the other batches hold the data set's responses, never the
 teacher's. A response cut at `max_new_tokens` gets no end-of-sequence token. TRL's trainer divides by the

@@ -2,7 +2,7 @@
 
 Source: Kim & Rush 2016, https://arxiv.org/abs/1606.07947, sec. 3.2 (`hard`). `mixed`, the default, is what
 MiniLLM and PromptKD run as SeqKD, the objective of KD on the teacher's text
-(https://arxiv.org/abs/2402.12842, sec. 4.1); `soft` is DistiLLM's (Ko et al. 2024,
+(https://arxiv.org/abs/2402.12842, sec. 4); `soft` is DistiLLM's (Ko et al. 2024,
 https://arxiv.org/abs/2402.03898).
 Differs: Kim & Rush decode by beam search; here one response is sampled per training prompt (T = 1, nothing
 cut), as in MiniLLM. Sampled ids are kept as ids, where MiniLLM decodes and encodes them again. A response

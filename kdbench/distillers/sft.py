@@ -1,7 +1,7 @@
 """Supervised fine-tuning on the reference response, the baseline without a teacher.
 
 Source: the SFT rows of Gu et al. 2024 (MiniLLM), https://arxiv.org/abs/2306.08543, sec. 3.1, and of Kim et
-al. 2024 (PromptKD), https://arxiv.org/abs/2402.12842, sec. 4.1.
+al. 2024 (PromptKD), https://arxiv.org/abs/2402.12842, sec. 4.
 Differs: the mean is over the response tokens of the whole update, where their code averages the means of
 micro-batches; no dropout.
 """
