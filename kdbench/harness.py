@@ -43,6 +43,9 @@ class Source(Protocol):
     def batch(self, index: Sequence[int]) -> Batch:
         """Return the rows at `index`, at least one."""
 
+    def lengths(self, index: Sequence[int]) -> list[int]:
+        """Return the tokens of the rows at `index`."""
+
 
 class BatchSource:
     """Rows held in memory, such as those that `prepare` made."""
@@ -56,6 +59,11 @@ class BatchSource:
     def batch(self, index: Sequence[int]) -> Batch:
         """Return the rows at `index`."""
         return self._rows.rows(index)
+
+    def lengths(self, index: Sequence[int]) -> list[int]:
+        """Return the tokens of the rows at `index`."""
+        lengths: list[int] = self._rows["length"][torch.as_tensor(index)].tolist()
+        return lengths
 
 
 class Order:
@@ -85,6 +93,11 @@ def share(source: Source, rows: Sequence[int], processes: Processes) -> Batch:
     if not mine:
         batch = batch.rows([])
     return batch.replace(row=torch.tensor(mine, dtype=torch.long)).to(processes.device)
+
+
+def _by_length(part: Batch) -> Tensor:
+    """The rows in order of length, so that rows of one micro-batch need little padding."""
+    return part["length"].argsort(stable=True) if "length" in part else torch.arange(part.size)
 
 
 @dataclass
@@ -154,6 +167,7 @@ class Trainer:
         self.best: dict[str, Any] = {}
         self._orders: dict[str, Order] = {}
         self._drawn: dict[str, int] = {}
+        self._pools: dict[str, tuple[int, list[list[int]]]] = {}
         self._terms: dict[str, Tensor | float] = {}
         self._counted: dict[str, float] = {}
         self._group: str | None = None
@@ -239,7 +253,7 @@ class Trainer:
         totals = {name: self._whole(part) for name, part in parts.items()}
         size = max(part.size for part in parts.values())
         pieces = 1 if self.distiller.couples_examples else math.ceil(size / self.micro_batch)
-        cuts = {name: torch.arange(part.size).tensor_split(max(pieces, 1)) for name, part in parts.items()}
+        cuts = {name: _by_length(part).tensor_split(max(pieces, 1)) for name, part in parts.items()}
         value = torch.zeros((), dtype=torch.float64, device=self.processes.device)
         before: dict[str, Tensor | float] = {k: v for k, v in self._terms.items() if not k.startswith(group + "/")}
         self._terms = {}
@@ -392,10 +406,23 @@ class Trainer:
 
     def _draw(self, name: str, source: Source) -> Batch:
         order = self._orders.setdefault(name, Order(self.seed, name, len(source)))
-        start = self._drawn.get(name, 0)
-        self._drawn[name] = start + self.training.batch_size
+        number = self._drawn.get(name, 0)
+        self._drawn[name] = number + 1
         with phase("data"):
-            return share(source, order.take(start, self.training.batch_size), self.processes)
+            return share(source, self._rows_of(number, name, order, source), self.processes)
+
+    def _rows_of(self, number: int, name: str, order: Order, source: Source) -> list[int]:
+        """The row numbers of batch `number` of a stream."""
+        size, pool = self.training.batch_size, self.training.length_pool
+        if pool == 1:
+            return order.take(number * size, size)
+        which, place = divmod(number, pool)
+        if self._pools.get(name, (-1, []))[0] != which:
+            rows = order.take(which * pool * size, pool * size)
+            ranked = [row for _, row in sorted(zip(source.lengths(rows), rows, strict=True))]
+            shuffled = torch.randperm(pool, generator=generator(self.seed, name + "/pool", which)).tolist()
+            self._pools[name] = which, [ranked[i * size : (i + 1) * size] for i in shuffled]
+        return self._pools[name][1][place]
 
     def _set_modes(self) -> None:
         """Eval mode everywhere, which switches dropout off; the student alone may be told to keep its own."""

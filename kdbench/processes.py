@@ -29,12 +29,15 @@ class Processes:
         return self.rank == 0
 
     def all_sum(self, value: Tensor) -> Tensor:
-        """Return the sum of `value` over processes, on the device of `value`."""
+        """Return the sum of `value` over processes, with its type and device.
+
+        It is summed in float64, whatever the type: a process without rows may have come to another one.
+        """
         if self.world > 1:
-            summed = value.detach().clone().to(self.device)
+            summed = value.detach().to(self.device, torch.float64, copy=True)
             torch.distributed.all_reduce(summed)
-            return summed.to(value.device)
-        return value
+            return summed.to(value.device, value.dtype)
+        return value.detach()
 
     def wait(self) -> None:
         """Return when every process has come here."""

@@ -63,6 +63,11 @@ class TaskSource:
         """Return the rows at `index`."""
         return self.task.collate([self.rows[i] for i in index], self.encoders)
 
+    def lengths(self, index: Any) -> list[int]:
+        """Return the tokens of the rows at `index`."""
+        lengths: list[int] = self.batch(index)["length"].tolist()
+        return lengths
+
 
 def digest(*parts: Any) -> str:
     """Return 16 hexadecimal digits that change with any of the JSON values."""
@@ -207,15 +212,30 @@ class Materials:
     def _folder(self, key: str) -> Path:
         return self.places.cache / "stages" / key
 
-    def model(self, role: str) -> nn.Module:
-        """Return a role's model, training the stages behind it where the cache has them not."""
+    def stage_keys(self, role: str) -> list[str]:
+        """Return the content identity of a role's model after each of its own stages."""
+        key, keys = self._start_key(role), []
+        for stage in self.run.roles[role].stages:
+            key = self._stage_key(key, stage, self.run.roles[role])
+            keys.append(key)
+        return keys
+
+    def trained(self, key: str) -> bool:
+        """Whether the cache has the model of a stage."""
+        return (self._folder(key) / "model").is_dir()
+
+    def model(self, role: str, stages: int | None = None) -> nn.Module:
+        """Return a role's model, training the stages behind it where the cache has them not.
+
+        Args: `stages`: only so many of its stages; None: all.
+        """
         spec = self.run.roles[role]
         if spec.like is not None:
             model = self.model(spec.like)
         else:
             model = self._load(role, spec, stream_seed(spec.seed or 0, "weights"))
         key = self._start_key(role)
-        for number, stage in enumerate(spec.stages):
+        for number, stage in enumerate(spec.stages[:stages]):
             key = self._stage_key(key, stage, spec)
             model = self._trained(role, model, stage, key, stream_seed(spec.seed or 0, "stage", number))
         return model
@@ -227,6 +247,8 @@ class Materials:
         model.to(self.run.device)
         model.kdbench_encode = lambda text: list(tokenizer(text)["input_ids"])
         model.kdbench_pad = tokenizer.pad_token_id
+        for part in (model, model.base_model):  # rows are right padded or masked, and the check costs a copy
+            part.warn_if_padding_and_no_attention_mask = lambda ids, mask: None
         return cast(nn.Module, model)
 
     def _trained(self, role: str, model: nn.Module, stage: Stage, key: str, seed: int) -> nn.Module:
