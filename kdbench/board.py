@@ -31,6 +31,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -308,10 +309,11 @@ def _prompt_weights(stratum: "Array", identity: str, chunk: int) -> "Array":
     return np.concatenate(parts, axis=1).astype(np.float32)
 
 
-def seed_weights(seeds: Sequence[int]) -> "Array":
+@cache
+def seed_weights(seeds: tuple[int, ...]) -> "Array":
     """[RESAMPLES, S]: the weight of each training seed in each resample, see the module's docstring.
 
-    Columns are in the order of `seeds`; equal sets of seeds get equal weights. One seed has weight 1.
+    `seeds` are sorted, so that equal sets of seeds get equal weights. One seed has weight 1.
     """
     import numpy as np
     from scipy.special import ndtri, stdtrit
@@ -319,12 +321,11 @@ def seed_weights(seeds: Sequence[int]) -> "Array":
     count = len(seeds)
     if count == 1:
         return np.ones((RESAMPLES, 1))
-    ordered = sorted(seeds)
-    generator = np.random.default_rng([VERSION, count, *(seed % 2**32 for seed in ordered)])
+    generator = np.random.default_rng([VERSION, count, *(seed % 2**32 for seed in seeds)])
     drawn = generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
     expansion = math.sqrt(count / (count - 1)) * stdtrit(count - 1, 0.975) / ndtri(0.975)
-    weights = 1 / count + expansion * (drawn / count - 1 / count)
-    return weights[:, [ordered.index(seed) for seed in seeds]]
+    weights: Array = 1 / count + expansion * (drawn / count - 1 / count)
+    return weights
 
 
 def _cells(
@@ -381,7 +382,7 @@ def _mean_samples(cell: _Cell) -> "Array | None":
     """[R]: the resampled mean over training seeds; None where there is nothing to resample."""
     import numpy as np
 
-    seeds = sorted(cell.values)
+    seeds = tuple(sorted(cell.values))
     if cell.samples and set(cell.samples) != set(seeds):
         return None
     if not cell.samples and len(seeds) < MIN_SEEDS:
@@ -626,14 +627,19 @@ def _seeds(row: Mapping[str, Any]) -> str:
     return ", ".join(parts + [f"{count} {status}" for status, count in counts.items()])
 
 
-def _cell(row: Mapping[str, Any], column: Mapping[str, Any], spread: bool) -> str:
+def _spread(cell: Mapping[str, Any], column: Mapping[str, Any]) -> list[float] | None:
+    """The interval where it is shown: of scores over prompts that have a better and a worse."""
+    return cell["interval"] if column["direction"] != "none" and "prompts" in cell["interval_over"] else None
+
+
+def _cell(row: Mapping[str, Any], column: Mapping[str, Any]) -> str:
     cell = row["cells"].get(column["score"])
     if cell is None:
         return "–"
     text = _number(cell["value"], column)
-    if spread and cell["interval"] is not None and not column["score"].startswith("record."):
-        low, high = cell["interval"]
-        text += f" ±{_number((high - low) / 2, column)}"
+    interval = _spread(cell, column)
+    if interval is not None:
+        text += f" ±{_number((interval[1] - interval[0]) / 2, column)}"
     return text + _mark(cell)
 
 
@@ -709,10 +715,7 @@ def _table(statistics: Statistics) -> str:
             ["", "seeds", *(c["title"] + " " for c in columns)],
             ["", "", *(_unit(c) + " " for c in columns)],
         ]
-        body = [
-            [_label(row), _seeds(row), *(_cell(row, c, c["direction"] != "none") for c in columns)]
-            for row in rows
-        ]
+        body = [[_label(row), _seeds(row), *(_cell(row, c) for c in columns)] for row in rows]
         lines += _blocks(headers, body)
         lines += ["", *_legend(statistics), "", *_footer(statistics)]
     else:
@@ -734,9 +737,9 @@ def _markdown(statistics: Statistics) -> str:
         out = _number(cell["value"], column)
         mark = _mark(cell).strip()
         out = f"**{out}**" if mark == "*" else out + (f" {mark}" if mark else "")
-        if cell["interval"] is not None and column["direction"] != "none":
-            low, high = (_number(value, column) for value in cell["interval"])
-            out += f" [{low}, {high}]"
+        interval = _spread(cell, column)
+        if interval is not None:
+            out += f" [{_number(interval[0], column)}, {_number(interval[1], column)}]"
         return out
 
     titles = [" ".join(part for part in (c["title"], _unit(c)) if part) for c in columns]

@@ -69,40 +69,47 @@ def ratio(arrays: Arrays, weights: Array) -> Array:
 @estimator
 def stratified_mean(arrays: Arrays, weights: Array) -> Array:
     """The mean over sets of each set's weighted mean; `values` [P], `stratum` [P] says which set."""
-    values, stratum = arrays["values"], arrays["stratum"]
-    _, at = np.unique(stratum, return_inverse=True)
-    member = np.eye(int(at.max()) + 1)[at]
-    total = _weighted(weights, np.concatenate([member * values[:, None], member], axis=1))
-    sets = member.shape[1]
-    return np.asarray(_divide(total[:, :sets], total[:, sets:]).mean(axis=1))
+    sets = np.unique(arrays["stratum"])
+    return np.asarray(np.mean([stratum_mean(arrays, weights, stratum=one) for one in sets], axis=0))
 
 
 @estimator
 def stratum_mean(arrays: Arrays, weights: Array, stratum: int) -> Array:
     """The weighted mean within one set; `values` [P], `stratum` [P] says which set."""
-    inside = arrays["stratum"] == stratum
+    at = np.flatnonzero(arrays["stratum"] == stratum)
+    inside: Any = at
+    if len(at) and at[-1] - at[0] == len(at) - 1:
+        inside = slice(at[0], at[-1] + 1)  # a view, not a copy of the weights
     return mean({"values": arrays["values"][inside]}, weights[:, inside])
 
 
 # ---------------------------------------------------------------------------------- conditional on running
-def accumulated_error_curve(arrays: Arrays, weights: Array, length: int, roll_in: str = "student") -> Array:
-    """[R, length]: sum_{t<l} E[d_t | still running at t], in nats, for l = 1..length, prefixes by `roll_in`.
-
-    E[d_t | running] = sum_p w_p sum[p, t] / sum_p w_p count[p, t]. R(l) under the student's own prefixes,
-    l epsilon(l) under the teacher's. NaN from the first position that no response reaches.
-    """
+def _running_means(arrays: Arrays, weights: Array, length: int, roll_in: str) -> Array:
+    """[R, length]: E[d_t | still running at t] = sum_p w_p sum[p, t] / sum_p w_p count[p, t], else NaN."""
     total = _weighted(weights, arrays[f"{roll_in}_sum"][:, :length])
     count = _weighted(weights, arrays[f"{roll_in}_count"][:, :length])
-    curve = np.cumsum(_divide(total, count), axis=1)
-    return np.pad(curve, ((0, 0), (0, length - curve.shape[1])), constant_values=np.nan)
+    missing = ((0, 0), (0, length - total.shape[1]))
+    return np.pad(_divide(total, count), missing, constant_values=np.nan)
+
+
+def accumulated_error_curve(arrays: Arrays, weights: Array, length: int, roll_in: str = "student") -> Array:
+    """[R, length]: `accumulated_error_nats` for l = 1..length; NaN from where no response is that long."""
+    return np.cumsum(_running_means(arrays, weights, length, roll_in), axis=1)
 
 
 def ex_acc_err_alive_curve(arrays: Arrays, weights: Array, length: int) -> Array:
     """[R, length]: `ex_acc_err_alive` for l = 1..length, in percent."""
-    return excess(
-        accumulated_error_curve(arrays, weights, length),
-        accumulated_error_curve(arrays, weights, length, "teacher"),
-    )
+    student = accumulated_error_curve(arrays, weights, length)
+    return excess(student, accumulated_error_curve(arrays, weights, length, "teacher"))
+
+
+@estimator
+def accumulated_error_nats(arrays: Arrays, weights: Array, length: int, roll_in: str = "student") -> Array:
+    """R(l) = sum_{t<l} E[d_t | running at t] in nats; for 'teacher' l epsilon(l), under its prefixes.
+
+    E[d_t | running at t] = sum_p w_p sum[p, t] / sum_p w_p count[p, t].
+    """
+    return np.asarray(_running_means(arrays, weights, length, roll_in).sum(axis=1))
 
 
 @estimator
@@ -112,21 +119,15 @@ def ex_acc_err_alive(arrays: Arrays, weights: Array, length: int) -> Array:
     R(l) = sum_{t<l} E[d_t | running at t] under the student's prefixes, l epsilon(l) under the teacher's.
     `student_sum`, `student_count`, `teacher_sum`, `teacher_count` [P, T]. 0 where both sums are exactly 0.
     """
-    return ex_acc_err_alive_curve(arrays, weights, length)[:, -1]
-
-
-@estimator
-def accumulated_error_nats(arrays: Arrays, weights: Array, length: int, roll_in: str = "student") -> Array:
-    """R(l) = sum_{t<l} E[d_t | running at t] in nats; for 'teacher' l epsilon(l), under its prefixes."""
-    return accumulated_error_curve(arrays, weights, length, roll_in)[:, -1]
+    student = accumulated_error_nats(arrays, weights, length)
+    return excess(student, accumulated_error_nats(arrays, weights, length, "teacher"))
 
 
 @estimator
 def excess_nats(arrays: Arrays, weights: Array, length: int) -> Array:
     """R(l) - l epsilon(l) in nats, every step conditional on running."""
-    return accumulated_error_nats(arrays, weights, length) - accumulated_error_nats(
-        arrays, weights, length, "teacher"
-    )
+    teacher = accumulated_error_nats(arrays, weights, length, "teacher")
+    return accumulated_error_nats(arrays, weights, length) - teacher
 
 
 def survival_curve(arrays: Arrays, weights: Array, length: int, roll_in: str = "student") -> Array:
@@ -177,9 +178,8 @@ def minillm_error_curve(arrays: Arrays, weights: Array, length: int, roll_in: st
 
 def ex_acc_err_minillm_curve(arrays: Arrays, weights: Array, length: int) -> Array:
     """[R, length]: `ex_acc_err_minillm` for l = 1..length, in percent."""
-    return excess(
-        minillm_error_curve(arrays, weights, length), minillm_error_curve(arrays, weights, length, "teacher")
-    )
+    student = minillm_error_curve(arrays, weights, length)
+    return excess(student, minillm_error_curve(arrays, weights, length, "teacher"))
 
 
 @estimator
@@ -189,9 +189,8 @@ def ex_acc_err_minillm(arrays: Arrays, weights: Array, length: int) -> Array:
     R(l) is the mean over all prompts of A(l) = sum_{j<l} e_j under student roll-in, E(l) under the teacher's;
     `student_step`, `teacher_step` [P, J] from `minillm_step_errors`. The script prints l = 16.
     """
-    return excess(
-        minillm_error_nats(arrays, weights, length), minillm_error_nats(arrays, weights, length, "teacher")
-    )
+    student = minillm_error_nats(arrays, weights, length)
+    return excess(student, minillm_error_nats(arrays, weights, length, "teacher"))
 
 
 @estimator

@@ -140,11 +140,9 @@ class RunRecord:
         if not name.startswith("record."):
             score = self.scores.get(name)
             return None if score is None else score.value
-        found: Any = asdict(self)
+        found: Any = self
         for key in name.removeprefix("record.").split("/"):
-            if not isinstance(found, Mapping) or key not in found:
-                return None
-            found = found[key]
+            found = found.get(key) if isinstance(found, Mapping) else getattr(found, key, None)
         return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
 
 
@@ -229,12 +227,13 @@ def load_arrays(path: Path, expected_sha256: str | None = None) -> "dict[str, np
 
     import numpy as np
 
+    torn = (zipfile.BadZipFile, zlib.error)
     try:
         if expected_sha256 is not None and sha256(path) != expected_sha256:
             raise RecordError(f"{path}: is not the file that its record describes (other SHA-256).")
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, TypeError, EOFError, NotImplementedError, *torn) as error:
         raise RecordError(f"{path}: cannot be read as arrays ({error}).") from None
 
 
