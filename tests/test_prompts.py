@@ -1,4 +1,4 @@
-"""Soft prompts, and predictions at the target positions: aligned, cut to the vocabulary, true to the model."""
+"""Soft prompts, and predictions at the target positions: aligned, cut to the vocabulary, true to models."""
 
 from __future__ import annotations
 

@@ -204,7 +204,9 @@ class MiniLLM(Distiller):
     def policy_loss(self, batch: Batch, step: Step) -> Tensor:
         """Return L_pg + L_single on rollouts with the fields of `scored`."""
         cfg = self.cfg
-        advantage = batch["advantage"] if cfg.whiten != "micro_batch" else self.whitened(batch, step, lambda own: own)
+        advantage = batch["advantage"]
+        if cfg.whiten == "micro_batch":
+            advantage = self.whitened(batch, step, lambda own: own)
         gain, weight = gather_targets(advantage, batch), gather_targets(batch["importance_weight"], batch)
         q = predict(self.student, batch)
         ratio = weight * (token_log_prob(q) - gather_targets(batch["old_log_prob"], batch)).exp()
