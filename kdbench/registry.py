@@ -4,6 +4,7 @@ Finding names imports nothing; only the three `load_*` functions import what the
 """
 
 import ast
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -28,9 +29,11 @@ _ONE = {"distillers": "method", "tasks": "task", "analyses": "analysis"}
 # Modules of the spine that cannot move a number of a run. Every other module of `kdbench` enters the run id,
 # so that a new one is hashed until somebody says here that it need not be.
 NOT_HASHED = frozenset(
-    ["__init__", "__main__", "board", "checks", "cli", "config", "errors", "estimators", "evidence", "gate",
-     "paths", "record", "registry", "strict"]
+    ["__init__", "__main__", "board", "checks", "cli", "clock", "config", "data", "errors", "estimators", "evidence", "gate",
+     "jobs", "paths", "record", "registry", "strict"]
 )  # fmt: skip
+# Modules that make and score a finished run, but train nothing: a trained stage does not depend on them.
+_AFTER_TRAINING = frozenset(["collect", "runner"])
 
 
 def folder(kind: Kind) -> Path:
@@ -169,13 +172,14 @@ def load_analysis(name: str) -> ModuleType:
     return cast(ModuleType, module)
 
 
-def code_files(methods: Iterable[str], tasks: Iterable[str]) -> list[Path]:
+def code_files(methods: Iterable[str], tasks: Iterable[str], stage: bool = False) -> list[Path]:
     """The source files that can move a number of a run of these methods and tasks, the stages' included.
 
     They are the spine but for `NOT_HASHED`, each method's and each task's file, and the helper files
-    (`_*.py`) beside them.
+    (`_*.py`) beside them. With `stage`, those that can move a trained stage.
     """
-    files = [path for path in PACKAGE.glob("*.py") if path.stem not in NOT_HASHED]
+    without = NOT_HASHED | _AFTER_TRAINING if stage else NOT_HASHED
+    files = [path for path in PACKAGE.glob("*.py") if path.stem not in without]
     wanted: list[tuple[Kind, str]] = [("distillers", method) for method in methods]
     wanted += [("tasks", task) for task in tasks]
     for kind, name in wanted:
@@ -214,10 +218,16 @@ def code_hash(paths: Sequence[Path]) -> str:
     parts = []
     for path in paths:
         try:
-            tree = ast.parse(path.read_bytes())
+            parts.append(path.name + "\0" + _source_hash(path, path.read_bytes()))
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-        except (SyntaxError, ValueError) as error:
-            raise UserError(f"{_line_of(error, path)}: {type(error).__name__}: {error}") from error
-        parts.append(path.name + "\0" + hashlib.sha256(_dump(_without_docstrings(tree)).encode()).hexdigest())
     return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()
+
+
+@functools.cache
+def _source_hash(path: Path, content: bytes) -> str:
+    try:
+        tree = ast.parse(content)
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{_line_of(error, path)}: {type(error).__name__}: {error}") from error
+    return hashlib.sha256(_dump(_without_docstrings(tree)).encode()).hexdigest()

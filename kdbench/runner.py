@@ -358,7 +358,7 @@ class _Life:
             size=run.size,
             row=run.row,
             distiller=record.Named(registry.stem(run.method), self.plan.code[:16]),
-            task=record.Named(run.task, materials.task().revision),
+            task=record.Named(run.task, materials.revision(materials.task())),
             models={role: record.Named(_model_name(spec), materials.key(role)) for role, spec in run.roles.items()},
             seed=run.seed,
             config=run.to_dict(),

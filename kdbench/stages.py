@@ -42,6 +42,9 @@ class Places:
     cache: Path
     data_root: Path | None = None
     progress: bool = False
+    tasks: dict[str, Task] = field(default_factory=dict)  # read once, shared by the runs of one command
+    revisions: dict[str, str] = field(default_factory=dict)
+    tokenizers: dict[str, PreTrainedTokenizerBase] = field(default_factory=dict)
 
 
 @dataclass
@@ -102,30 +105,33 @@ class Materials:
 
     def __init__(self, run: RunConfig, places: Places) -> None:
         self.run, self.places = run, places
-        self._tasks: dict[str, Task] = {}
-        self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
         self._shared: int | None = None
 
     # -------------------------------------------------------------------------------------------------- data
     def task(self, name: str | None = None, settings: Mapping[str, Any] | None = None) -> Task:
         """Return a task, the run's own where none is named. Raises: UserError for missing or malformed data."""
         name, settings = (self.run.task, self.run.task_settings) if name is None else (name, settings or {})
-        key = digest(name, dict(settings))
-        if key not in self._tasks:
+        tasks, key = self.places.tasks, digest(name, dict(settings))
+        if key not in tasks:
             cls = registry.load_task(name)
             filled = check_settings(cls.Settings, settings, f"task {registry.stem(name)}")
-            self._tasks[key] = cls(filled, self.places.data_root)
-        return self._tasks[key]
+            tasks[key] = cls(filled, self.places.data_root)
+        return tasks[key]
+
+    def revision(self, task: Task) -> str:
+        """Return the content identity of a task's data, which is read for it once."""
+        key = next(key for key, known in self.places.tasks.items() if known is task)
+        if key not in self.places.revisions:
+            self.places.revisions[key] = task.revision
+        return self.places.revisions[key]
 
     def tokenizer(self, role: str) -> PreTrainedTokenizerBase:
         """Return the tokenizer of a role's model."""
-        base = self._base(role)
-        if base not in self._tokenizers:
-            spec = self.run.roles[base]
-            self._tokenizers[base] = models.load_tokenizer(
-                spec, self.task(), self.places.data_root, self.places.runs
-            )
-        return self._tokenizers[base]
+        spec, known = self.run.roles[self._base(role)], self.places.tokenizers
+        key = digest(spec.model, spec.tokenizer, spec.revision, self.run.task, self.run.task_settings)
+        if key not in known:
+            known[key] = models.load_tokenizer(spec, self.task(), self.places.data_root, self.places.runs)
+        return known[key]
 
     def encoders(self, task: Task) -> dict[str, Encoder]:
         """Return one encoder per role."""
@@ -138,14 +144,14 @@ class Materials:
 
     def revisions(self) -> dict[str, str]:
         """Return the content identity of every task's data that the run reads."""
-        found = {"": self.task().revision}
+        found = {"": self.revision(self.task())}
         for data in self.run.extra.values():
-            found[digest(data.task, data.task_settings)] = self.task(data.task, data.task_settings).revision
+            found[digest(data.task, data.task_settings)] = self.revision(self.task(data.task, data.task_settings))
         for role in self.run.roles.values():
             for stage in role.stages:
                 if stage.task:
                     key = digest(stage.task, stage.task_settings)
-                    found[key] = self.task(stage.task, stage.task_settings).revision
+                    found[key] = self.revision(self.task(stage.task, stage.task_settings))
         return found
 
     # ------------------------------------------------------------------------------------------------ models
@@ -161,10 +167,25 @@ class Materials:
         Raises: UserError for models that are missing, and for vocabularies that do not fit.
         """
         if self._shared is None:
+            self._check_positions()
             specs = {role: self.run.roles[self._base(role)] for role in self.run.roles}
             tokenizers = {role: self.tokenizer(role) for role in self.run.roles}
             self._shared = models.check_vocabularies(specs, tokenizers, self.places.runs)
         return self._shared
+
+    def _check_positions(self) -> None:
+        """Refuse a model with fewer positions than the longest sequence that the run can make."""
+        run, wanted = self.run, [0]
+        if run.training.optimizer_steps:
+            wanted.append(run.training.max_new_tokens)
+        wanted.append(run.evaluation.decode.max_new_tokens)
+        wanted.append(run.evidence.max_new_tokens if run.evidence else 0)
+        for role in run.roles:
+            encoder = self.task().encoder(self.tokenizer(role))
+            longest = max(encoder.max_length, encoder.max_prompt + max(wanted)) - 1  # the last token is not an input
+            models.check_positions(
+                run.roles[self._base(role)], self.tokenizer(role), longest, self.places.runs
+            )
 
     def key(self, role: str) -> str:
         """Return the content identity of a role's model as the run uses it."""
@@ -184,7 +205,7 @@ class Materials:
 
     def _stage_key(self, before: str, stage: Stage, spec: Role) -> str:
         task = self._stage_task(stage)
-        code = registry.code_hash(registry.code_files([stage.method], [stage.task or self.run.task]))
+        code = registry.code_hash(registry.code_files([stage.method], [stage.task or self.run.task], stage=True))
         told = {
             "method": registry.stem(stage.method),
             "settings": stage.settings,
@@ -193,7 +214,7 @@ class Materials:
             "device": self.run.device.split(":")[0],
             "threads": self.run.threads,
         }
-        return digest(before, told, task.revision, code, dict(library_versions()), spec.seed)
+        return digest(before, told, self.revision(task), code, dict(library_versions()), spec.seed)
 
     def _stage_task(self, stage: Stage) -> Task:
         return self.task() if stage.task is None else self.task(stage.task, stage.task_settings)
