@@ -1,0 +1,358 @@
+"""Several runs in processes: first the stages that they share, then the runs, each in a fresh child.
+
+A child makes one run, so that its peak memory is that run's own; it ends with its parent, however that ended.
+A stage that several runs wait for is one job of its own, so that no child waits while another trains.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import TYPE_CHECKING, Any
+
+from kdbench import registry
+from kdbench.config import Board, resolve, stage_training
+from kdbench.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from kdbench.runner import Plan
+    from kdbench.stages import Places
+
+PRELOAD = ("kdbench.runner", "transformers.models.gpt2.modeling_gpt2")
+TRACKERS = ("tensorboard", "wandb")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job: done, diverged, failed, or refused (the user can mend it), and why."""
+
+    status: str
+    reason: str
+    seconds: float
+
+
+@dataclass
+class Job:
+    """A whole run, or the first `count` stages of one of its roles."""
+
+    label: str
+    plan: Plan
+    role: str | None = None
+    count: int = 0
+    steps: int = 0
+    gives: str = ""  # the key of the stage's result
+    needs: frozenset[str] = frozenset()  # the keys of the stages that it reads
+    outcome: Outcome | None = None
+
+
+# ------------------------------------------------------------------------------------------------ what to run
+def quiet(threads: int) -> None:
+    """Set what libraries read when they are imported: threads, and no chatter of their own."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # to ask for a GPU must not spoil a fork
+
+
+def _silence() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def rows_of(board: Board, methods: Sequence[str]) -> list[str]:
+    """The rows that a command names: for none or `all` the board's, else its reference rows and these."""
+    if not methods or "all" in methods:
+        named = [row.name for row in board.rows]
+    else:
+        named = [row.name for row in board.rows if row.reference]
+    return list(dict.fromkeys([*named, *(name for name in methods if name != "all")]))
+
+
+def device_of(name: str) -> str:
+    """`cpu` or `cuda`; `auto` is the GPU where there is one. Raises: UserError where there is none."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise unknown("device", name, ("auto", "cpu", "cuda"), "--device")
+    if name == "cpu":
+        return "cpu"
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if name == "cuda":
+        raise UserError("--device cuda: this machine has no CUDA device that torch can use")
+    return "cpu"
+
+
+def plans(
+    board: Board,
+    size: str,
+    rows: Sequence[str],
+    seeds: Sequence[int],
+    overrides: Sequence[str],
+    device: str,
+    places: Places,
+) -> list[Plan]:
+    """Check every run; return them in order of seed and row.
+
+    Raises: UserError for the first that cannot be made.
+    """
+    from kdbench.runner import Plan
+
+    _silence()
+    found: dict[str, Plan] = {}
+    for seed in seeds:
+        for axes in board.axis_values():
+            for name in rows:
+                row = board.row(name)
+                method = registry.load_distiller(row.method if row else name)
+                run = resolve(
+                    board,
+                    size,
+                    name,
+                    seed,
+                    overrides,
+                    axes=axes,
+                    among=rows,
+                    device=device,
+                    settings_class=method.Config,
+                )
+                plan = Plan(run, places)
+                found.setdefault(plan.id, plan)
+    return list(found.values())
+
+
+def jobs_of(runs: Iterable[Plan]) -> list[Job]:
+    """The stages that are not trained yet, longest first, then the runs that are not finished."""
+    stages: dict[str, Job] = {}
+    whole: list[Job] = []
+    for plan in runs:
+        if plan.finished() is not None:
+            continue
+        needs = []
+        for role, spec in plan.run.roles.items():
+            keys = plan.materials.stage_keys(role)
+            needs += keys
+            for number, (key, stage) in enumerate(zip(keys, spec.stages, strict=True), 1):
+                if key not in stages and not plan.materials.trained(key):
+                    label = f"stage {stage.name} seed {spec.seed}"
+                    steps = stage_training(stage).optimizer_steps
+                    before = frozenset(keys[: number - 1])
+                    stages[key] = Job(label, plan, role, number, steps, gives=key, needs=before)
+        steps = plan.run.training.optimizer_steps
+        whole.append(Job(f"{plan.run.row} seed {plan.run.seed}", plan, steps=steps, needs=frozenset(needs)))
+    return [*sorted(stages.values(), key=lambda job: -job.steps), *whole]
+
+
+# -------------------------------------------------------------------------------------------- in this process
+def in_order(jobs: Sequence[Job], say: Callable[[str], None]) -> None:
+    """Make the runs one after the other, on all processes that `accelerate launch` started."""
+    for job in jobs:
+        if job.role is None:
+            say(f"{job.label}: started")
+            job.outcome = _make(job)
+            say(told(job))
+
+
+def _make(job: Job) -> Outcome:
+    start = time.monotonic()
+    try:
+        if job.role is not None:
+            import torch
+
+            torch.set_num_threads(job.plan.run.threads)
+            job.plan.materials.model(job.role, job.count)
+            status, reason = "done", ""
+        else:
+            record = job.plan.execute()
+            status, reason = record.status, record.reason
+    except UserError as error:
+        status, reason = "refused", str(error)
+    except Exception as error:
+        status, reason = "failed", f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return Outcome(status, reason, time.monotonic() - start)
+
+
+def told(job: Job) -> str:
+    """One line on how a job ended."""
+    assert job.outcome is not None
+    reason = f": {job.outcome.reason}" if job.outcome.reason else ""
+    return f"{job.label}: {job.outcome.status} in {duration(job.outcome.seconds)}{reason}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: `35 s`, `4 min 10 s`, `2 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+# ------------------------------------------------------------------------------------------------ in children
+@dataclass
+class Workers:
+    """Children that make jobs, `count` at a time, started from one process that has torch loaded already."""
+
+    count: int
+    live: bool = False  # progress bars that move, for a terminal; else a line now and then
+    _context: Any = field(init=False)
+    _lock: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        forking = "forkserver" in multiprocessing.get_all_start_methods()
+        self._context = multiprocessing.get_context("forkserver" if forking else "spawn")
+        if forking:
+            from multiprocessing import forkserver
+
+            self._context.set_forkserver_preload([name for name in PRELOAD if importlib.util.find_spec(name)])
+            forkserver.ensure_running()  # it imports torch while this process does the same
+        self._lock = self._context.RLock()
+
+    def say(self, text: str) -> None:
+        """Print a line above the children's bars."""
+        with self._lock:
+            clear = "\r\x1b[J" if self.live else ""
+            sys.stderr.write(f"{clear}{text}\n")
+            sys.stderr.flush()
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Make the jobs as soon as what they need is there, and put the outcome into each."""
+        waiting = list(jobs)
+        made = [job.gives for job in jobs if job.gives]
+        missing = set(made)
+        running: dict[Connection, tuple[Job, Any, int, float]] = {}
+        failed: dict[str, Job] = {}
+        try:
+            while waiting or running:
+                for job in list(waiting):
+                    broken = next((failed[key] for key in sorted(job.needs & failed.keys())), None)
+                    if broken is not None:
+                        waiting.remove(job)
+                        assert broken.outcome is not None
+                        why = f"{broken.label} {broken.outcome.status}: {broken.outcome.reason}"
+                        self._ended(job, Outcome(broken.outcome.status, why, 0.0), missing, failed)
+                    elif len(running) < self.count and not job.needs & missing:
+                        waiting.remove(job)
+                        taken = {slot for _, _, slot, _ in running.values()}
+                        slot = next(i for i in range(self.count) if i not in taken)
+                        receiver, process = self._start(job, slot)
+                        running[receiver] = (job, process, slot, time.monotonic())
+                        self.say(f"{job.label}: started")
+                ready = wait(list(running)) if running else []
+                for receiver in [one for one in running if one in ready]:
+                    job, process, _, since = running.pop(receiver)
+                    try:
+                        outcome: Outcome = receiver.recv()
+                    except EOFError:
+                        process.join()
+                        outcome = Outcome("failed", _death(process.exitcode), time.monotonic() - since)
+                    receiver.close()
+                    process.join()
+                    self._ended(job, outcome, missing, failed)
+        finally:
+            for _, process, _, _ in running.values():
+                process.kill()
+            for _, process, _, _ in running.values():
+                process.join()
+
+    def _ended(self, job: Job, outcome: Outcome, missing: set[str], failed: dict[str, Job]) -> None:
+        job.outcome = outcome
+        if job.gives:
+            missing.discard(job.gives)
+            if outcome.status != "done":
+                failed[job.gives] = job
+        self.say(told(job))
+
+    def _start(self, job: Job, slot: int) -> tuple[Connection, Any]:
+        receiver, sender = self._context.Pipe(duplex=False)
+        places = job.plan.places
+        fresh = type(places)(places.runs, places.cache, places.data_root, places.progress)
+        told = (job.plan.run, fresh, job.label, job.role, job.count)
+        args = (sender, told, slot if self.live else None, self._lock)
+        process = self._context.Process(target=_child, args=args, name=job.label)
+        process.start()
+        sender.close()
+        return receiver, process
+
+
+def _death(exitcode: int | None) -> str:
+    if exitcode is None or exitcode >= 0:
+        return f"its process ended with exit code {exitcode}"
+    name = signal.Signals(-exitcode).name
+    return f"its process was killed ({name})" + ("; was memory short?" if name == "SIGKILL" else "")
+
+
+def _child(sender: Connection, told: tuple[Any, ...], slot: int | None, lock: Any) -> None:
+    """One job in a fresh process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process when it is told to stop
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    run, places, label, role, count = told
+    _silence()
+    _bars(label, slot, lock)
+    from kdbench.runner import Plan
+
+    try:
+        outcome = _make(Job(label, Plan(run, places), role, count))
+    except UserError as error:
+        outcome = Outcome("refused", str(error), 0.0)
+    sender.send(outcome)
+    sender.close()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+class Lines:
+    """A text stream for tqdm that prints whole lines only, for logs and pipes."""
+
+    encoding = "utf-8"
+
+    def write(self, text: str) -> None:
+        """Print what is neither empty nor a bar that has not begun."""
+        text = text.strip("\r\n ")
+        if text and ": 0/" not in text:
+            sys.stderr.write(text + "\n")
+
+    def flush(self) -> None:
+        """Flush the stream beneath."""
+        sys.stderr.flush()
+
+
+def _bars(label: str, slot: int | None, lock: Any) -> None:
+    """Make every progress bar of this process say whose it is, and keep to its line of the terminal."""
+    from tqdm import tqdm
+
+    tqdm.set_lock(lock)
+    first = tqdm.__init__
+    fixed: dict[str, Any]
+    if slot is None:
+        short = "{desc}: {n_fmt}/{total_fmt} {unit} in {elapsed}, {remaining} to go"
+        fixed = {"file": Lines(), "mininterval": 30, "maxinterval": 60, "bar_format": short}
+    else:
+        fixed = {"position": slot, "leave": False, "dynamic_ncols": True, "mininterval": 0.5}
+
+    @functools.wraps(first)
+    def init(self: Any, *args: Any, **named: Any) -> None:
+        desc = str(named.get("desc") or "")
+        desc = desc if desc.startswith(label) else f"{label} · {desc}"
+        first(self, *args, **{**named, **fixed, "desc": desc})
+
+    tqdm.__init__ = init  # type: ignore[method-assign]
