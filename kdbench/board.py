@@ -260,7 +260,7 @@ def _lines(entries: Sequence[Entry], warnings: list[str]) -> list[_Line]:
             warnings.append(
                 f"row '{line.name}': its runs are of {len(revisions)} revisions of method or task."
             )
-    return list(lines.values())
+    return [lines[key] for key in sorted(lines)]
 
 
 @dataclass
@@ -359,8 +359,8 @@ def _cells(
                         loaded = load_arrays(entry.arrays_path, record.arrays_sha256)
                     inputs, identity = _inputs(score, loaded, entry.arrays_path)
                 except RecordError as error:
-                    if str(error) not in warnings:
-                        warnings.append(f"no interval: {error}")
+                    warning = f"no interval: {error}"
+                    warnings += [] if warning in warnings else [warning]
                     continue
                 samples = np.empty(RESAMPLES)
                 strata[identity] = inputs["stratum"]

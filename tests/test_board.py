@@ -1,0 +1,522 @@
+"""Records to a table: hand-worked statistics, coverage, bad records, publishing, speed."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from record_kit import add_scores, make_record, make_run
+
+from kdbench import board as boards
+from kdbench.board import Statistics, holm, publish, read_entries, render, report, seed_weights, statistics
+from kdbench.errors import UserError
+from kdbench.record import Named, RecordError, RunFolder, load, save
+
+
+@dataclass
+class Column:
+    score: str
+    title: str
+    unit: str = ""
+    direction: str = "higher"
+    rank: bool = False
+    digits: int = 1
+
+
+@dataclass
+class Row:
+    name: str
+    title: str = ""
+    reference: bool = False
+
+
+@dataclass
+class Board:
+    id: str = "toy/v1"
+    title: str = "Toy"
+    question: str = "Which method is best?"
+    budgets: str = "equal"
+    seeds: Sequence[int] = (1, 2, 3)
+    sizes: Mapping[str, Any] = field(default_factory=lambda: {"debug": None, "full": None})
+    analyses: Sequence[str] = ("quality",)
+    rows: Sequence[Row] = (
+        Row("teacher", "Teacher", True),
+        Row("kd", "KD"),
+        Row("gkd", "GKD"),
+        Row("sft", "SFT"),
+    )
+    columns: Sequence[Column] = (
+        Column("quality/x", "Quality", "%", rank=True),
+        Column("quality/loss", "Loss", direction="lower"),
+        Column("record.budget/optimizer_steps", "steps", direction="none", digits=0),
+        Column("record.phases/update/peak_rss_bytes", "peak", "bytes", "lower"),
+    )
+    folder: Path | None = None
+
+
+RNG = np.random.default_rng(0)
+BASE = RNG.normal(50, 10, 40)
+
+
+def runs_of(root: Path, row: str, shift: float, seeds: Sequence[int] = (1, 2, 3), noise: float = 0.0) -> None:
+    """Runs below root/toy/v1 whose scores per prompt are BASE + shift + noise."""
+    for seed in seeds:
+        rng = np.random.default_rng([seed, len(row)])
+        values = {"x": BASE + shift + noise * rng.normal(size=40), "loss": 100 - BASE - shift}
+        name = f"{row}{seed}"
+        make_run(root / "toy/v1" / name, values, run_id=name, row=row, seed=seed, distiller=Named(row, "1"))
+
+
+def row_of(result: Statistics, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = next(row for row in result["rows"] if row["name"] == name)
+    return found
+
+
+# --------------------------------------------------------------------------------------------- statistics
+def test_means_order_and_exactly_paired_differences(tmp_path: Path) -> None:
+    for row, shift in (("kd", 0.0), ("gkd", 1.0), ("sft", 0.0), ("teacher", 9.0)):
+        runs_of(tmp_path, row, shift)
+    result = report(Board(), tmp_path)
+    assert [row["name"] for row in result["rows"]] == ["teacher", "gkd", "kd", "sft"]
+    best, kd = row_of(result, "gkd")["cells"]["quality/x"], row_of(result, "kd")["cells"]["quality/x"]
+    assert best["value"] == pytest.approx(BASE.mean() + 1)
+    assert best["best"]
+    assert best["interval"][1] - best["interval"][0] > 3  # the spread of the prompts
+    # the same prompts in every row: the difference has no spread at all
+    np.testing.assert_allclose([kd["difference"]["value"], *kd["difference"]["interval"]], -1, atol=1e-4)
+    assert not kd["difference"]["tied"]
+    assert kd["difference"]["p"] == pytest.approx(2 / 10_001)
+    assert kd["difference"]["p_holm"] == pytest.approx(4 / 10_001)
+    assert row_of(result, "gkd")["cells"]["quality/loss"]["best"]  # lower is better
+    teacher = row_of(result, "teacher")["cells"]["quality/x"]
+    assert (teacher["best"], teacher["test"], teacher["difference"]) == (False, "", None)
+    assert kd["seeds"] == {str(seed): pytest.approx(BASE.mean()) for seed in (1, 2, 3)}
+    assert kd["interval_over"] == ["training seeds", "prompts"]
+
+
+def test_rows_that_differ_by_noise_only_are_tied(tmp_path: Path) -> None:
+    for row in ("kd", "gkd", "sft"):
+        runs_of(tmp_path, row, 0.0, noise=5.0)
+    result = report(Board(), tmp_path)
+    cells = [row["cells"]["quality/x"] for row in result["rows"]]
+    assert [cell["test"] for cell in cells] == ["best", "tied with the best", "tied with the best"]
+    assert all(cell["difference"]["p_holm"] > 0.05 for cell in cells[1:])
+    # identical rows
+    cell = result["rows"][1]["cells"]["quality/loss"]
+    assert cell["difference"]["p"] == 1
+    assert cell["difference"]["interval"] == [0, 0]
+
+
+def test_under_three_seeds_nothing_is_tested_and_the_interval_is_over_prompts(tmp_path: Path) -> None:
+    runs_of(tmp_path, "kd", 0.0)
+    runs_of(tmp_path, "gkd", 5.0, seeds=(1, 2))
+    runs_of(tmp_path, "sft", -1.0)
+    result = report(Board(), tmp_path)
+    cell = row_of(result, "gkd")["cells"]["quality/x"]
+    assert cell["test"] == "not tested: under 3 training seeds"
+    assert cell["interval_over"] == ["prompts"]
+    assert cell["interval"][0] < cell["value"] < cell["interval"][1]
+    assert row_of(result, "kd")["cells"]["quality/x"]["best"]  # the best of those that can be tested
+    assert row_of(result, "gkd")["cells"]["record.budget/optimizer_steps"]["interval"] is None
+    assert "not tested" in render(result)
+
+
+def test_the_interval_over_prompts_is_the_normal_one(tmp_path: Path) -> None:
+    runs_of(tmp_path, "kd", 0.0, seeds=(1,))
+    low, high = row_of(report(Board(), tmp_path), "kd")["cells"]["quality/x"]["interval"]
+    half = 1.96 * BASE.std() / np.sqrt(len(BASE))
+    assert [low, high] == pytest.approx([BASE.mean() - half, BASE.mean() + half], abs=0.25)
+
+
+def test_other_prompts_or_another_task_revision_are_not_compared(tmp_path: Path) -> None:
+    runs_of(tmp_path, "kd", 1.0)
+    runs_of(tmp_path, "gkd", 0.0)
+    for seed in (1, 2, 3):
+        values = {"x": BASE[:30], "prompt": np.arange(30)}
+        make_run(tmp_path / "toy/v1" / f"sft{seed}", values, run_id=f"sft{seed}", row="sft", seed=seed)
+        path = tmp_path / "toy/v1" / f"gkd{seed}" / "record.json"
+        record = load(path)
+        record.task = Named("toy", "2")
+        save(record, path)
+    result = report(Board(), tmp_path)
+    for name in ("gkd", "sft"):
+        assert "other prompts or task revision" in row_of(result, name)["cells"]["quality/x"]["test"]
+        assert row_of(result, name)["cells"]["quality/x"]["difference"] is None
+
+
+def test_the_order_of_prompts_in_a_file_does_not_matter(tmp_path: Path) -> None:
+    for root, order in ((tmp_path / "a", np.arange(40)), (tmp_path / "b", np.arange(40)[::-1])):
+        for row, shift in (("kd", 1.0), ("gkd", 0.0)):
+            for seed in (1, 2, 3):
+                run = make_run(root / "toy/v1" / f"{row}{seed}", run_id=f"{row}{seed}", row=row, seed=seed)
+                noise = np.random.default_rng(seed).normal(size=40)
+                add_scores(run, {"x": (BASE + shift * noise)[order], "prompt": order})
+    one, two = report(Board(), tmp_path / "a"), report(Board(), tmp_path / "b")
+    for a, b in zip(one["rows"], two["rows"], strict=True):
+        assert a["cells"]["quality/x"]["interval"] == pytest.approx(
+            b["cells"]["quality/x"]["interval"], rel=1e-6
+        )
+
+
+def test_statistics_are_reproducible(tmp_path: Path) -> None:
+    for row in ("kd", "gkd"):
+        runs_of(tmp_path, row, 0.0, noise=5.0)
+    entries, _ = read_entries(boards.local_records(Board(), tmp_path), local=True)
+    one = statistics(Board(), entries)
+    seed_weights.cache_clear()
+    assert statistics(Board(), entries[::-1]) == {**one, "records": one["records"]}
+
+
+def test_axes_are_lines_of_their_own_and_compared_within_themselves(tmp_path: Path) -> None:
+    for source, shift in (("a", 0.0), ("b", 7.0)):
+        for row, more in (("kd", 0.0), ("gkd", 1.0)):
+            for seed in (1, 2, 3):
+                name = f"{row}{source}{seed}"
+                values = {"x": BASE + shift + more}
+                changes = {"run_id": name, "row": row, "seed": seed, "axes": {"source": source}}
+                make_run(tmp_path / "toy/v1" / name, values, **changes)
+    result = report(Board(), tmp_path)
+    best = [
+        (row["name"], row["axes"]["source"]) for row in result["rows"] if row["cells"]["quality/x"]["best"]
+    ]
+    assert best == [("gkd", "a"), ("gkd", "b")]
+    assert "KD · source a" in render(result)
+
+
+def test_holm_by_hand() -> None:
+    adjusted, shares = holm([0.01, 0.04, 0.03, 0.005])
+    assert adjusted == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert shares == pytest.approx(
+        [1 / 3, 1 / 2, 1 / 2, 1 / 4]
+    )  # the third test fails, the fourth shares its level
+    assert holm([0.6, 0.7])[0] == [1, 1]
+    assert holm([]) == ([], [])
+
+
+def test_seed_weights_average_to_equal_shares_and_widen_for_few_seeds() -> None:
+    weights = seed_weights((1, 2, 3))
+    np.testing.assert_allclose(weights.sum(axis=1), 1)
+    np.testing.assert_allclose(weights.mean(axis=0), 1 / 3, atol=0.02)
+    # Var = k^2 (1/S) (1/S) (1 - 1/S) with k = sqrt(3/2) * 4.3027 / 1.96
+    k = np.sqrt(1.5) * 4.30265 / 1.95996
+    np.testing.assert_allclose(weights.var(axis=0), k**2 / 9 * (2 / 3), rtol=0.05)
+    assert seed_weights((4,)).tolist() == [[1.0]] * len(weights)
+    np.testing.assert_array_equal(seed_weights((1, 2, 3)), weights)
+    assert not np.array_equal(seed_weights((1, 2, 4)), weights)
+
+
+def prompt_weights(count: int) -> np.ndarray[Any, Any]:
+    stratum = np.zeros(count, dtype=np.int64)
+    chunks = range(boards.RESAMPLES // 500)
+    return np.concatenate([boards._prompt_weights(stratum, "0f" * 32, chunk) for chunk in chunks])
+
+
+def test_prompts_are_drawn_within_their_set() -> None:
+    stratum = np.repeat([0, 3, 4], [5, 1, 14])
+    weights = boards._prompt_weights(stratum, "ab" * 32, 0)
+    for one, size in ((0, 5), (3, 1), (4, 14)):
+        assert (weights[:, stratum == one].sum(axis=1) == size).all()
+    np.testing.assert_array_equal(weights, boards._prompt_weights(stratum, "ab" * 32, 0))
+    assert not np.array_equal(weights, boards._prompt_weights(stratum, "ab" * 32, 1))
+
+
+@pytest.mark.parametrize(("seed_sd", "low"), [(0.0, 0.92), (0.3, 0.92), (3.0, 0.91)])
+def test_intervals_cover_the_truth(seed_sd: float, low: float) -> None:
+    """Normal scores with noise between prompts and between three training seeds; 400 experiments."""
+    rng, count, covered = np.random.default_rng(2), 60, 0
+    prompts, seeds = prompt_weights(count) / count, seed_weights((1, 2, 3))
+    for _ in range(400):
+        x = rng.normal(size=count) + seed_sd * rng.normal(size=(3, 1))
+        if seed_sd == 0:
+            samples = prompts @ x[0]
+        else:
+            samples = ((prompts @ x.T) * seeds).sum(axis=1)
+        lower, upper = boards._interval(samples)
+        covered += lower <= 0 <= upper
+    assert covered / 400 >= low
+    if seed_sd == 0:
+        assert covered / 400 <= 0.98
+
+
+# ------------------------------------------------------------------------------ what is not a usable record
+def test_failed_and_diverged_runs_show_with_their_reason(tmp_path: Path) -> None:
+    runs_of(tmp_path, "kd", 0.0, seeds=(1, 3))
+    folder = tmp_path / "toy/v1"
+    make_run(
+        folder / "kd2", run_id="kd2", row="kd", seed=2, status="diverged", reason="loss is NaN at step 12"
+    )
+    make_run(folder / "gkd1", run_id="gkd1", row="gkd", seed=1, status="failed", reason="ValueError: no")
+    # a failed run whose seed was done later is no longer shown
+    make_run(folder / "old", run_id="old", row="kd", seed=1, status="failed", reason="gone")
+    for format in ("table", "markdown"):
+        text = render(report(Board(), tmp_path), format)
+        assert "seed 2 diverged: loss is NaN at step 12 (run kd2)" in text
+        assert "seed 1 failed: ValueError: no (run gkd1)" in text
+        assert "2, 1 diverged" in text
+        assert "gone" not in text
+    rows = list(csv.DictReader(io.StringIO(render(report(Board(), tmp_path), "csv"))))
+    assert {(row["status"], row["runs"]) for row in rows if row["status"] != "done"} == {
+        ("diverged", "2:kd2"),
+        ("failed", "1:gkd1"),
+    }
+
+
+def test_bad_records_are_named_and_left_out(tmp_path: Path) -> None:
+    runs_of(tmp_path, "kd", 0.0)
+    folder = tmp_path / "toy/v1"
+    for name, text in (("torn", "{"), ("other", "[]"), ("old", '{"schema": 0}')):
+        (folder / name).mkdir()
+        (folder / name / "record.json").write_text(text)
+    make_run(folder / "stray", run_id="stray", board="elsewhere/v1")
+    (folder / "kd2" / "scores.npz").write_bytes(b"PK")
+    result = report(Board(), tmp_path)
+    assert len(result["warnings"]) == 5
+    for name in ("torn", "other", "old"):
+        assert sum(f"{name}/record.json" in warning for warning in result["warnings"]) == 1
+    text = render(result)
+    assert text.count("\nWarning: ") == 5
+    assert "is a run of elsewhere/v1, not of toy/v1" in text
+    assert row_of(result, "kd")["cells"]["quality/x"]["interval"] is None  # seed 2's prompts are lost
+    assert row_of(result, "kd")["cells"]["quality/x"]["value"] == pytest.approx(BASE.mean())
+
+
+def test_an_unknown_estimator_costs_the_interval_only(tmp_path: Path) -> None:
+    runs_of(tmp_path, "kd", 0.0)
+    path = tmp_path / "toy/v1/kd1/record.json"
+    path.write_text(path.read_text().replace('"estimator": "mean"', '"estimator": "median"'))
+    result = report(Board(), tmp_path)
+    assert any("no estimator 'median'" in warning for warning in result["warnings"])
+    assert row_of(result, "kd")["cells"]["quality/x"]["interval"] is None
+
+
+def test_two_runs_of_one_seed_show_the_newer_and_say_so(tmp_path: Path) -> None:
+    runs_of(tmp_path, "kd", 0.0, seeds=(1,))
+    make_run(tmp_path / "toy/v1/newer", {"x": BASE + 3}, run_id="newer", row="kd", seed=1)
+    result = report(Board(), tmp_path)
+    assert row_of(result, "kd")["runs"] == {"1": "newer"}
+    assert "has runs kd1 and newer" in result["warnings"][0]
+
+
+def test_sizes_are_kept_apart(tmp_path: Path) -> None:
+    runs_of(tmp_path, "kd", 0.0)
+    make_run(tmp_path / "toy/v1/small", {"x": BASE}, run_id="small", row="gkd", size="debug")
+    assert [row["name"] for row in report(Board(), tmp_path)["rows"]] == ["kd"]
+    assert [row["name"] for row in report(Board(), tmp_path, "debug")["rows"]] == ["gkd"]
+    with pytest.raises(UserError, match="no size 'fulll'. Did you mean 'full'"):
+        report(Board(), tmp_path, "fulll")
+
+
+# ------------------------------------------------------------------------------------------------ rendering
+def test_every_format_names_runs_and_fits(tmp_path: Path) -> None:
+    for row, shift in (("kd", 0.0), ("gkd", 1.0), ("teacher", 9.0)):
+        runs_of(tmp_path, row, shift)
+    columns = [
+        Column(f"quality/{name}", f"{name} {i}", rank=i == 0) for i, name in enumerate(["x", "loss"] * 6)
+    ]
+    wide = Board(columns=[*columns, *Board().columns[2:]])
+    result = report(wide, tmp_path)
+    table = render(result)
+    assert (
+        max(len(line) for line in table.split("\n") if line.startswith(("KD", "GKD", "─", "Teacher (ref")))
+        <= 120
+    )
+    assert table.count("Teacher (reference, local) ") == 2  # in two blocks
+    assert "2.00" in table
+    assert "GB ↓" in table
+    for format in ("table", "markdown", "csv", "json"):
+        text = render(result, format)
+        for run in ("kd1", "gkd3", "teacher2"):
+            assert run in text
+    back = json.loads(render(result, "json"))
+    assert back["rows"][1]["runs"] == {"1": "gkd1", "2": "gkd2", "3": "gkd3"}
+    assert "files" not in back
+    line = next(row for row in csv.DictReader(io.StringIO(render(result, "csv"))) if row["row"] == "kd")
+    assert float(line["difference"]) == pytest.approx(-1)
+    assert line["runs"] == "1:kd1 2:kd2 3:kd3"
+    assert line["local"] == "True"
+    with pytest.raises(UserError, match="Did you mean 'markdown'"):
+        render(result, "markdwn")
+
+
+def test_an_empty_board_and_differing_budgets_are_said(tmp_path: Path) -> None:
+    result = report(Board(budgets="differ", folder=tmp_path))
+    for format in ("table", "markdown"):
+        assert "No runs yet." in render(result, format)
+        assert "budgets differ" in render(result, format)
+    assert render(result, "csv").count("\n") == 1
+
+
+def test_marks_of_best_tied_and_different(tmp_path: Path) -> None:
+    runs_of(tmp_path, "kd", 0.0, noise=5.0)
+    runs_of(tmp_path, "gkd", 0.0, noise=5.0)
+    runs_of(tmp_path, "sft", -20.0)
+    result = report(Board(), tmp_path)
+    values = [row["cells"]["quality/x"] for row in result["rows"]]
+    lines = {line.split(" ")[0]: line for line in render(result).split("\n") if "runs by" not in line}
+    first, second, third = (row["title"] for row in result["rows"])
+    assert f"{values[0]['value']:.1f} ±" in lines[first]
+    assert "*" in lines[first]
+    assert "=" in lines[second]
+    assert [mark in lines[third] for mark in "*="] == [False, False]
+
+
+# ---------------------------------------------------------------------------------------------- publishing
+@pytest.fixture
+def published(tmp_path: Path) -> Board:
+    board = Board(folder=tmp_path / "board")
+    for row, shift in (("kd", 0.0), ("gkd", 1.0)):
+        runs_of(tmp_path / "runs", row, shift)
+    folders = sorted((tmp_path / "runs/toy/v1").iterdir())
+    assert publish(folders, board) == []
+    return board
+
+
+def test_publishing_copies_records_and_refreshes_the_table(published: Board, tmp_path: Path) -> None:
+    assert published.folder is not None
+    names = {path.name for path in (published.folder / "records").iterdir()}
+    assert names == {
+        f"{row}{seed}.{suffix}" for row in ("kd", "gkd") for seed in (1, 2, 3) for suffix in ("json", "npz")
+    }
+    assert "| GKD | 3 |" in (published.folder / "table.md").read_text()
+    result = report(published)
+    assert not any(row["local"] for row in result["rows"])
+    assert result == report(published, tmp_path / "nothing")
+    # the same runs found locally are shown once, as published; a new one is local
+    runs_of(tmp_path / "runs", "sft", 2.0)
+    rows = report(published, tmp_path / "runs")["rows"]
+    assert [(row["name"], row["local"]) for row in rows] == [("sft", True), ("gkd", False), ("kd", False)]
+    assert rows[0]["cells"]["quality/x"]["best"]
+    stored = (published.folder / "statistics.json").read_text()
+    assert str(tmp_path) not in stored
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"board": "other/v1"}, "is a run of other/v1"),
+        ({"status": "diverged", "reason": "NaN"}, "the run diverged (NaN)"),
+        ({"size": "debug"}, "is of size 'debug'; toy/v1 publishes 'full'"),
+        ({"seed": 9}, "seed 9 is not one of the board's seeds (1, 2, 3)"),
+        ({"row": "kdd"}, "no row 'kdd'. Did you mean 'kd'"),
+        ({"analyses": {}}, "has no scores of quality"),
+        ({"run_id": "kd1b"}, "has run kd1 for row 'kd' and seed 1"),
+    ],
+)
+def test_what_may_not_be_published_is_refused(
+    published: Board, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    assert published.folder is not None
+    before = sorted((published.folder / "records").iterdir())
+    run = RunFolder(tmp_path / "runs/toy/v1/kd1")
+    record = run.record
+    for key, value in changes.items():
+        setattr(record, key, value)
+    save(record, run.path / "record.json")
+    with pytest.raises(UserError) as caught:
+        publish([tmp_path / "runs/toy/v1/gkd1", run.path], published)
+    assert said in str(caught.value)
+    assert sorted((published.folder / "records").iterdir()) == before
+
+
+def test_a_run_without_its_arrays_is_not_published(published: Board, tmp_path: Path) -> None:
+    (tmp_path / "runs/toy/v1/kd1/scores.npz").unlink()
+    with pytest.raises(RecordError, match="scores.npz"):
+        publish([tmp_path / "runs/toy/v1/kd1"], published)
+
+
+def test_replacing_is_explicit_and_a_dirty_tree_is_warned_of(published: Board, tmp_path: Path) -> None:
+    environment = {**make_record().environment, "dirty": True}
+    changes: dict[str, Any] = {"run_id": "again", "row": "kd", "seed": 1, "environment": environment}
+    run = make_run(tmp_path / "runs/toy/v1/again", {"x": BASE + 9}, **changes)
+    warnings = publish([run.path], published, replace=True)
+    assert len(warnings) == 1
+    assert "changes that were not committed" in warnings[0]
+    assert published.folder is not None
+    assert not (published.folder / "records/kd1.json").exists()
+    assert not (published.folder / "records/kd1.npz").exists()
+    assert row_of(report(published), "kd")["runs"]["1"] == "again"
+
+
+# ------------------------------------------------------------------------------------------------- storing
+def test_stored_statistics_are_read_until_a_record_or_the_question_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs_of(tmp_path, "kd", 0.0)
+    first = report(Board(), tmp_path)
+
+    def refuse(*_: object) -> Statistics:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(boards, "statistics", refuse)
+    assert report(Board(), tmp_path) == first
+    with pytest.raises(AssertionError):
+        report(Board(columns=Board.columns[:1]), tmp_path)
+    with pytest.raises(AssertionError):
+        report(Board(rows=()), tmp_path)
+    (tmp_path / "toy/v1/kd1/record.json").write_text("{")
+    with pytest.raises(AssertionError):
+        report(Board(), tmp_path)
+    monkeypatch.undo()
+    assert row_of(report(Board(), tmp_path), "kd")["runs"] == {"2": "kd2", "3": "kd3"}
+    (tmp_path / "toy/v1/statistics-full.json").write_text("[]")
+    assert row_of(report(Board(), tmp_path), "kd")["runs"] == {"2": "kd2", "3": "kd3"}
+
+
+def test_a_stored_table_needs_neither_numpy_nor_torch(tmp_path: Path) -> None:
+    runs_of(tmp_path, "kd", 0.0)
+    report(Board(), tmp_path)
+    code = (
+        "import sys, time; from pathlib import Path; start = time.process_time()\n"
+        "sys.path.insert(0, 'tests'); from kdbench import board\n"
+        "import types; c = types.SimpleNamespace\n"
+        "columns = [c(score=s, title=t, unit=u, direction=d, rank=r, digits=n) for s, t, u, d, r, n in "
+        f"{[(c.score, c.title, c.unit, c.direction, c.rank, c.digits) for c in Board().columns]!r}]\n"
+        "rows = [c(name=n, title=t, reference=r) for n, t, r in "
+        f"{[(r.name, r.title, r.reference) for r in Board().rows]!r}]\n"
+        "b = c(id='toy/v1', title='Toy', question='Which method is best?', budgets='equal', folder=None,\n"
+        "      sizes={'debug': None, 'full': None}, rows=rows, columns=columns)\n"
+        f"print(board.render(board.report(b, Path({str(tmp_path)!r}))))\n"
+        "loaded = {'numpy', 'torch', 'scipy', 'pyarrow'} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+        "assert time.process_time() - start < 0.5\n"
+    )
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "kd: runs" in done.stdout.lower().replace(" (local)", "")
+
+
+def test_a_board_of_real_size_is_computed_in_seconds(tmp_path: Path) -> None:
+    """8 rows, 3 seeds, 1500 prompts, 12 columns."""
+    rng, count = np.random.default_rng(0), 1500
+    names = [f"m{i}" for i in range(12)]
+    for r in range(8):
+        for seed in (1, 2, 3):
+            values = {name: rng.normal(size=count) for name in names}
+            folder = tmp_path / "toy/v1" / f"r{r}-{seed}"
+            make_run(folder, values, run_id=f"r{r}-{seed}", row=f"r{r}", seed=seed)
+    columns = [Column(f"quality/{name}", name, rank=name == "m0") for name in names]
+    rows = [Row(f"r{r}") for r in range(8)]
+    start = time.process_time()
+    result = report(Board(columns=columns, rows=rows), tmp_path)
+    assert time.process_time() - start < 12  # about 3 on a quiet core
+    assert len(result["rows"]) == 8
+    assert all(len(row["cells"]) == 12 for row in result["rows"])
+
+
+def test_the_boards_in_the_tree_can_be_reported(tmp_path: Path) -> None:
+    from kdbench import config
+
+    for name in config.boards():
+        board = config.load_board(name)
+        result = statistics(board, [])
+        assert "No runs yet." in render(result)
+        assert result["title"] == board.title
