@@ -253,7 +253,7 @@ class _Life:
         distiller.on_eval(metrics)
         value = metrics[select.score] * (1 if select.direction == "higher" else -1)
         if "value" not in trainer.best or value > trainer.best["value"]:
-            trainer.best = {"value": value, "step": step, "score": metrics[select.score]}
+            trainer.best = {"value": value, "step": step, "score": metrics[select.score], "n": len(rows)}
             if self.processes.is_main:
                 part = self.folder / "best.part"
                 save_file({n: v.detach().cpu().clone() for n, v in trainer.parameters().items()}, part)
@@ -346,9 +346,13 @@ class _Life:
         budget: dict[str, float] = {"optimizer_steps": float(trainer.updates if trainer else 0)}
         budget |= trainer.counters if trainer else {"prompts": 0.0, "tokens_seen": 0.0, "tokens_sampled": 0.0}
         budget["init_steps"] = float(materials.steps("student"))
+        budget |= {f"stage_seconds.{name}": seconds for name, seconds in materials.stage_seconds().items()}
+        scores: dict[str, record.Score] = {}
         notes = [*self.notes, *(f"breaks {law}: {why}" for law, why in self.broken().items())]
         if trainer and trainer.best:
             notes.append(f"selected step {trainer.best['step']}: {run.select.score} {trainer.best['score']:.4f} on dev")
+            best = record.Score(trainer.best["score"], "", trainer.best["n"], run.select.direction)
+            scores[f"dev/{run.select.score}"] = best
         for split, counts in materials.task().counts.items():
             told = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
             notes.append(f"{split}: {told}")
@@ -374,6 +378,7 @@ class _Life:
                 for name, entry in self.clock.state().items()
             },
             axes=dict(run.axes),
+            scores=scores,
             status=status,
             reason=reason,
             notes=notes,
@@ -425,6 +430,15 @@ def _commit() -> dict[str, Any]:
     return {"commit": commit or "unknown", "dirty": dirty}
 
 
+def check_tracker(wanted: str) -> None:
+    """Refuse a tracker that cannot be used. Raises: UserError naming those that can."""
+    from accelerate.tracking import get_available_trackers
+
+    available = [str(getattr(kind, "value", kind)) for kind in get_available_trackers()]
+    if wanted not in available:
+        raise UserError(f"tracker '{wanted}' is not installed. Installed: {', '.join(available) or 'none'}.")
+
+
 def tracker(run: RunConfig, name: str, folder: Path) -> Callable[[dict[str, float], int], None] | None:
     """Return a function that logs a line of steps.jsonl to the tracker named in KDBENCH_TRACKER, if any.
 
@@ -433,11 +447,9 @@ def tracker(run: RunConfig, name: str, folder: Path) -> Callable[[dict[str, floa
     wanted = os.environ.get("KDBENCH_TRACKER", "")
     if not wanted:
         return None
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    available = [str(getattr(kind, "value", kind)) for kind in get_available_trackers()]
-    if wanted not in available:
-        raise UserError(f"tracker '{wanted}' is not installed. Installed: {', '.join(available) or 'none'}.")
+    check_tracker(wanted)
     cls = LOGGER_TYPE_TO_CLASS[wanted]
     args = {"logging_dir": str(folder)} if cls.requires_logging_directory else {}
     made = cls(f"{run.row}-{name}", **args)

@@ -277,13 +277,15 @@ class Materials:
         final.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{final}.lock"):
             if not (final / "model").is_dir():
-                self._train(role, model, stage, key, seed, work)
-                (work / "stage.json").write_text(json.dumps({"role": role, "stage": stage.name, "key": key}))
+                seconds = self._train(role, model, stage, key, seed, work)
+                told = {"role": role, "stage": stage.name, "key": key, "seconds": seconds}
+                (work / "stage.json").write_text(json.dumps(told))
                 shutil.rmtree(work / "checkpoint", ignore_errors=True)
                 work.rename(final)
         return self._load(role, ModelSpec(model=str(final / "model")), 0)
 
-    def _train(self, role: str, model: nn.Module, stage: Stage, key: str, seed: int, work: Path) -> None:
+    def _train(self, role: str, model: nn.Module, stage: Stage, key: str, seed: int, work: Path) -> float:
+        """Train a stage into `work`; return the seconds that it took, those before a kill included."""
         training = stage_training(stage)
         method = registry.load_distiller(stage.method)
         owner = f"{role}: stage '{stage.name}'"
@@ -297,6 +299,17 @@ class Materials:
         models.save_student(
             cast(PreTrainedModel, distiller.predictor()), self.tokenizer(role), work / "model"
         )
+        return round(sum(entry["seconds"] for entry in trainer.clock.state().values()), 1)
+
+    def stage_seconds(self) -> dict[str, float]:
+        """Return how long each trained stage behind the run's models took, by name."""
+        found = {}
+        for role, spec in self.run.roles.items():
+            for key, stage in zip(self.stage_keys(role), spec.stages, strict=True):
+                path = self._folder(key) / "stage.json"
+                if path.is_file() and (seconds := json.loads(path.read_text()).get("seconds")) is not None:
+                    found[stage.name] = float(seconds)
+        return found
 
     # --------------------------------------------------------------------------------------- what prepare makes
     def prepared(self, trainer: Trainer, source: Source, key: str) -> Source | None:
