@@ -263,10 +263,10 @@ class Trainer:
                 micro = {n: self._micro(part, cuts[n][piece], totals[n], pieces) for n, part in parts.items()}
                 if not any(part.size for part in micro.values()):
                     continue
-                with self.processes.autocast():
-                    term = loss(micro[""] if isinstance(batch, Batch) else micro, self)
+                term = loss(micro[""] if isinstance(batch, Batch) else micro, self)
                 if term.requires_grad:
-                    term.backward()
+                    with torch.autocast(self.processes.device.type, enabled=False):
+                        term.backward()
                 value += term.detach().double()
         finally:
             self._group = None
@@ -381,7 +381,8 @@ class Trainer:
             u = uniform(stream_seed(self.seed, "offset"), batch["example_id"], self.visit, 0)
             batch = batch.replace(position_offset=(u * (self.training.position_offset + 1)).long())
         try:
-            self.distiller.train_step(batch, self)
+            with self.processes.autocast():
+                self.distiller.train_step(batch, self)
         except _BudgetSpent:
             pass
         finally:
