@@ -28,6 +28,7 @@ import hashlib
 import io
 import json
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -235,32 +236,36 @@ class _Line:
 
 
 def _lines(entries: Sequence[Entry], warnings: list[str]) -> list[_Line]:
+    """The lines of the table: of each seed the newest finished run, and a failed one if it is newer still."""
     published = {entry.record.run_id for entry in entries if not entry.local}
     lines: dict[tuple[str, str, bool], _Line] = {}
-    for entry in sorted(entries, key=lambda e: (e.local, e.path.stat().st_mtime, str(e.path))):
+    finished: dict[tuple[str, int], list[str]] = {}
+    for entry in sorted(entries, key=lambda e: (e.path.stat().st_mtime_ns, str(e.path))):
         record = entry.record
         if entry.local and record.run_id in published:
             continue
         key = (record.row, json.dumps(record.axes, sort_keys=True), entry.local)
         line = lines.setdefault(key, _Line(record.row, record.axes, entry.local, {}, []))
-        if record.status != "done":
+        line.failed = [other for other in line.failed if other.record.seed != record.seed]
+        if record.status == "done":
+            line.done[record.seed] = entry
+            finished.setdefault((f"row '{_name(line)}'", record.seed), []).append(record.run_id)
+        else:
             line.failed.append(entry)
-            continue
-        if record.seed in line.done:
-            older = line.done[record.seed].record.run_id
-            warnings.append(
-                f"row '{record.row}', seed {record.seed}: has runs {older} and {record.run_id}; "
-                f"shown is the newer, {record.run_id}."
-            )
-        line.done[record.seed] = entry
+    for (name, seed), runs in finished.items():
+        if len(runs) > 1:
+            warnings.append(f"{name}, seed {seed}: has {len(runs)} runs; shown is the newest, {runs[-1]}.")
     for line in lines.values():
-        line.failed = [entry for entry in line.failed if entry.record.seed not in line.done]
         revisions = {(e.record.distiller.revision, e.record.task.revision) for e in line.done.values()}
         if len(revisions) > 1:
-            warnings.append(
-                f"row '{line.name}': its runs are of {len(revisions)} revisions of method or task."
-            )
+            text = f"row '{_name(line)}': its runs are of {len(revisions)} revisions of method or task."
+            warnings.append(text)
     return [lines[key] for key in sorted(lines)]
+
+
+def _name(line: _Line) -> str:
+    parts = [f"{key}={value}" for key, value in line.axes.items()] + ["local"] * line.local
+    return line.name + (f" ({', '.join(parts)})" if parts else "")
 
 
 @dataclass
@@ -709,7 +714,7 @@ def _heading(statistics: Statistics) -> str:
 
 def _table(statistics: Statistics) -> str:
     columns, rows = statistics["columns"], statistics["rows"]
-    lines = [_heading(statistics), statistics["question"], ""]
+    lines = [_heading(statistics), *textwrap.wrap(statistics["question"], _WIDTH), ""]
     if rows:
         headers = [
             ["", "seeds", *(c["title"] + " " for c in columns)],

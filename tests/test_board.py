@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -254,18 +255,22 @@ def test_failed_and_diverged_runs_show_with_their_reason(tmp_path: Path) -> None
         folder / "kd2", run_id="kd2", row="kd", seed=2, status="diverged", reason="loss is NaN at step 12"
     )
     make_run(folder / "gkd1", run_id="gkd1", row="gkd", seed=1, status="failed", reason="ValueError: no")
-    # a failed run whose seed was done later is no longer shown
-    make_run(folder / "old", run_id="old", row="kd", seed=1, status="failed", reason="gone")
+    # a failed run whose seed was done later is no longer shown, one that is newer is
+    old = make_run(folder / "old", run_id="old", row="kd", seed=1, status="failed", reason="gone")
+    os.utime(old.path / "record.json", (0, 0))
+    make_run(folder / "new", run_id="new", row="kd", seed=3, status="failed", reason="broken since")
     for format in ("table", "markdown"):
         text = render(report(Board(), tmp_path), format)
         assert "seed 2 diverged: loss is NaN at step 12 (run kd2)" in text
         assert "seed 1 failed: ValueError: no (run gkd1)" in text
-        assert "2, 1 diverged" in text
+        assert "2, 1 diverged, 1 failed" in text
+        assert "seed 3 failed: broken since (run new)" in text
         assert "gone" not in text
     rows = list(csv.DictReader(io.StringIO(render(report(Board(), tmp_path), "csv"))))
     assert {(row["status"], row["runs"]) for row in rows if row["status"] != "done"} == {
         ("diverged", "2:kd2"),
         ("failed", "1:gkd1"),
+        ("failed", "3:new"),
     }
 
 
@@ -302,7 +307,7 @@ def test_two_runs_of_one_seed_show_the_newer_and_say_so(tmp_path: Path) -> None:
     make_run(tmp_path / "toy/v1/newer", {"x": BASE + 3}, run_id="newer", row="kd", seed=1)
     result = report(Board(), tmp_path)
     assert row_of(result, "kd")["runs"] == {"1": "newer"}
-    assert "has runs kd1 and newer" in result["warnings"][0]
+    assert result["warnings"] == ["row 'kd (local)', seed 1: has 2 runs; shown is the newest, newer."]
 
 
 def test_sizes_are_kept_apart(tmp_path: Path) -> None:
