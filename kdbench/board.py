@@ -54,7 +54,8 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-VERSION = 1
+VERSION = 1  # of the stored statistics; a higher one makes them be computed again
+_SEED = 1
 RESAMPLES = 10_000
 LEVEL = 0.95
 MIN_SEEDS = 3
@@ -305,7 +306,7 @@ def _prompt_weights(stratum: "Array", identity: str, chunk: int) -> "Array":
     """[_CHUNK, P] float32: how often each prompt is drawn, within its stratum; P in order of stratum."""
     import numpy as np
 
-    generator = np.random.default_rng([VERSION, chunk, int(identity[:16], 16)])
+    generator = np.random.default_rng([_SEED, chunk, int(identity[:16], 16)])
     sizes = np.unique(stratum, return_counts=True)[1]
     parts = []
     for size in sizes:
@@ -326,7 +327,7 @@ def seed_weights(seeds: tuple[int, ...]) -> "Array":
     count = len(seeds)
     if count == 1:
         return np.ones((RESAMPLES, 1))
-    generator = np.random.default_rng([VERSION, count, *(seed % 2**32 for seed in seeds)])
+    generator = np.random.default_rng([_SEED, count, *(seed % 2**32 for seed in seeds)])
     drawn = generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
     expansion = math.sqrt(count / (count - 1)) * stdtrit(count - 1, 0.975) / ndtri(0.975)
     weights: Array = 1 / count + expansion * (drawn / count - 1 / count)
