@@ -107,6 +107,11 @@ def score_rows(rows: Sequence[Mapping[str, Any]], metric: str = "rouge_l") -> fl
     return float(np.mean(_score(rows, metric)))
 
 
+def dev_scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """`score_rows` for every metric, by name: what a board may select checkpoints by."""
+    return {metric: score_rows(rows, metric) for metric in METRICS}
+
+
 def _check(rows: Sequence[Mapping[str, Any]], where: str, keys: Mapping[str, type]) -> None:
     for number, row in enumerate(rows, 1):
         for key, kind in keys.items():

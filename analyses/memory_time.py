@@ -2,15 +2,15 @@
 
 Source: PromptKD (Kim et al. 2024, https://arxiv.org/abs/2402.12842), table 2: memory allocated, memory cached
 (which torch now calls reserved), time.
-Differs: evaluation, evidence and checkpoints are left out of the training time and have phases of their own;
-peaks are those of training; on a CPU the peak is the process's resident set.
+Differs: shared stages, evaluation, evidence and checkpoints are left out of the training time and have phases
+of their own; peaks are those of training; on a CPU the peak is the process's resident set.
 """
 
 from kdbench.record import Analysis, RunFolder, Score
 
 VERSION = 1
-# Phases that measure or save a run and are no part of training.
-NOT_TRAINING = ("evaluate", "evidence", "snapshot", "select", "checkpoint", "save", "analyze")
+# Phases that make what all methods share, measure, or save, and are no part of a method's training.
+NOT_TRAINING = ("stages", "evaluate", "snapshot", "dev", "checkpoint")
 _PEAKS = ("peak_allocated", "peak_reserved", "peak_rss")
 
 
