@@ -61,7 +61,8 @@ class FakeStep:
     """A `Step` without optimizer: `update` adds the gradients of the whole batch and keeps the batch."""
 
     def __init__(self, seed: int = 7, visit: int = 0) -> None:
-        self.seed, self.visit, self.total, self.rollout_batch = seed, visit, 10, 4
+        self.seed, self.visit, self.total = seed, visit, 10
+        self.rollout_batch, self.max_new_tokens = 4, 5
         self.index, self.progress = 1, 0.0
         self.terms: dict[str, float] = {}
         self.counts: dict[str, float] = {}
