@@ -55,7 +55,12 @@ class Checkpoints:
         self.processes.wait()
         if self.processes.is_main:
             files = {path.name: _digest(path) for path in sorted(new.iterdir())}
-            content = {"identity": self.identity, "world": self.processes.world, "files": files, "state": state}
+            content = {
+                "identity": self.identity,
+                "world": self.processes.world,
+                "files": files,
+                "state": state,
+            }
             text = json.dumps(content)
             seal = hashlib.sha256(text.encode()).hexdigest()
             (new / "state.json").write_text(f"{seal}\n{text}\n")
@@ -92,7 +97,9 @@ class Checkpoints:
                 if _digest(path / name) != digest:
                     raise UserError(f"checkpoint {path}: {name} is torn or was changed; {mend}")
             if content["identity"] != self.identity:
-                raise UserError(f"checkpoint {path}: it belongs to another run ({content['identity']}); {mend}")
+                raise UserError(
+                    f"checkpoint {path}: it belongs to another run ({content['identity']}); {mend}"
+                )
             if content["world"] != self.processes.world:
                 raise UserError(
                     f"checkpoint {path}: it was written by {content['world']} processes, this run has "

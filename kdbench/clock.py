@@ -1,8 +1,9 @@
 """Seconds and peak memory of nested phases: `with phase("rollout"): ...`.
 
-Time of an inner phase is not counted again in the outer one, so the seconds of all phases add up. Peak bytes are the
-highest seen while the phase was the innermost or an outer one: allocated and reserved by the device's allocator on a GPU,
-resident set size on a CPU (Linux; 0 where the kernel does not tell).
+Time of an inner phase is not counted again in the outer one, so the seconds of all phases add up; a phase
+that covers takes the time of the phases inside it. Peak bytes are the highest seen while the phase was the
+innermost or an outer one: allocated and reserved by the device's allocator on a GPU, resident set size on a
+CPU (Linux; 0 where the kernel does not tell).
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Clock:
         self.phases: dict[str, Phase] = {}
         self._open: list[str] = []
         self._since = 0.0
+        self._covered = False
 
     def _charge(self) -> None:
         """Charge the time and the peaks since the last change of phase to the phases that are open."""
@@ -57,8 +59,12 @@ class Clock:
                 entry = self.phases[name]
                 entry.peak_rss_bytes = max(entry.peak_rss_bytes, rss)
                 if torch.cuda.is_available():
-                    entry.peak_allocated_bytes = max(entry.peak_allocated_bytes, torch.cuda.max_memory_allocated())
-                    entry.peak_reserved_bytes = max(entry.peak_reserved_bytes, torch.cuda.max_memory_reserved())
+                    entry.peak_allocated_bytes = max(
+                        entry.peak_allocated_bytes, torch.cuda.max_memory_allocated()
+                    )
+                    entry.peak_reserved_bytes = max(
+                        entry.peak_reserved_bytes, torch.cuda.max_memory_reserved()
+                    )
         self._since = time.perf_counter()
 
     def _reset_peaks(self) -> None:
@@ -67,8 +73,12 @@ class Clock:
             torch.cuda.reset_peak_memory_stats()
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Charge what happens inside to `name`."""
+    def phase(self, name: str, covers: bool = False) -> Iterator[None]:
+        """Charge what happens inside to `name`; with `covers` also what opens a phase of its own there."""
+        if self._covered:
+            yield
+            return
+        self._covered = covers
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._charge()
@@ -82,6 +92,7 @@ class Clock:
                 torch.cuda.synchronize()
             self._charge()
             self._open.pop()
+            self._covered = False
             self._reset_peaks()
 
     def state(self) -> dict[str, dict[str, float]]:
@@ -112,11 +123,14 @@ def running(clock: Clock) -> Iterator[Clock]:
 
 
 @contextmanager
-def phase(name: str) -> Iterator[None]:
-    """Charge what happens inside to the phase `name` of the running clock; nothing where none runs."""
+def phase(name: str, covers: bool = False) -> Iterator[None]:
+    """Charge what happens inside to the phase `name` of the running clock; nothing where none runs.
+
+    With `covers`, phases opened inside are charged to this one: the sampling of an evaluation is no training.
+    """
     clock = _current.get()
     if clock is None:
         yield
     else:
-        with clock.phase(name):
+        with clock.phase(name, covers):
             yield

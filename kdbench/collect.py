@@ -1,4 +1,5 @@
-"""Makes evidence: responses rolled in by student, teacher and reference, measured token by token by both models.
+"""Makes evidence: responses rolled in by student, teacher and reference, measured token by token by both
+models.
 
 Source: the measured quantities are described in `kdbench.evidence`.
 """

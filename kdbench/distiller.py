@@ -1,7 +1,7 @@
 """What the author of a method reads first: `Batch`, `Step`, `Group`, `Store` and `Distiller`.
 
-A method is one file with one subclass of `Distiller`; most write `loss` and nothing else. Shapes: B rows, T tokens,
-V vocabulary, N target positions (the response tokens of all rows, row by row).
+A method is one file with one subclass of `Distiller`; most write `loss` and nothing else. Shapes: B rows, T
+tokens, V vocabulary, N target positions (the response tokens of all rows, row by row).
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ class Totals:
 class Batch(Mapping[str, Tensor]):
     """Rows of examples: tensors that share their first dimension.
 
-    A causal language model's batch holds `example_id` [B] int64, `input_ids` [B, T] int64 (prompt, then response, then
-    padding of any id), `prompt_length` [B] and `length` [B] (prompt and response). Masks follow from the lengths, never
-    from ids, so that a padding id equal to the end-of-sequence id hides no target.
+    A causal language model's batch holds `example_id` [B] int64, `input_ids` [B, T] int64 (prompt, then
+    response, then padding of any id), `prompt_length` [B] and `length` [B] (prompt and response). Masks
+    follow from the lengths, never from ids, so that a padding id equal to the end-of-sequence id hides no
+    target.
     """
 
     def __init__(self, fields: Mapping[str, Tensor], totals: Totals | None = None) -> None:
@@ -55,7 +56,9 @@ class Batch(Mapping[str, Tensor]):
         return f"Batch({', '.join(f'{name} {list(value.shape)}' for name, value in self.items())})"
 
     def counts(self) -> Totals:
-        """Return the target tokens and examples of these rows alone (one token per row where there are no lengths)."""
+        """Return the target tokens and examples of these rows alone (one token per row where there are no
+        lengths).
+        """
         if "length" in self:
             tokens = float((self["length"] - self["prompt_length"].clamp(min=1)).clamp(min=0).sum())
         else:
@@ -160,7 +163,9 @@ def scatter_targets(values: Tensor, batch: Batch) -> Tensor:
 
 
 def gather_targets(laid_out: Tensor, batch: Batch) -> Tensor:
-    """Return the N entries of `laid_out` [B, T-1] (or wider) that stand at target positions: undoes `scatter_targets`."""
+    """Return the N entries of `laid_out` [B, T-1] (or wider) that stand at target positions: undoes
+    `scatter_targets`.
+    """
     mask = target_mask(batch)
     return laid_out[:, : mask.shape[1]][mask]
 
@@ -213,7 +218,9 @@ class Step(Protocol):
     def update(self, group: str, loss: Callable[[Parts, Step], Tensor], batch: Parts) -> None: ...
 
     def extra(self, name: str) -> Batch | None:
-        """The next batch of the board's extra set `name` (this process' share), or None where the board has none."""
+        """The next batch of the board's extra set `name` (this process' share), or None where the board has
+        none.
+        """
 
     def rng(self, name: str) -> torch.Generator:
         """A CPU generator fixed by seed, name and visit."""
@@ -238,8 +245,8 @@ class Data(Protocol):
 class Distiller(nn.Module):
     """A method. Assign models and modules in `__init__`: torch registers them, so they are moved and saved.
 
-    The argument names of `__init__` after `cfg` are the roles that a board must fill. `self.state` (plain JSON values),
-    parameters, registered buffers and `Store`s survive a kill; nothing else does.
+    The argument names of `__init__` after `cfg` are the roles that a board must fill. `self.state` (plain
+    JSON values), parameters, registered buffers and `Store`s survive a kill; nothing else does.
     """
 
     head: ClassVar[str] = "causal_lm"

@@ -24,7 +24,9 @@ from kdbench.distiller import Batch, Distiller, Group, Parts, Store, Totals
 from kdbench.processes import Processes
 from kdbench.streams import generator, stream_seed, uniform
 
-IDLE_VISITS = 1000  # visits in a row without a student update after which a method is told that it never updates
+IDLE_VISITS = (
+    1000  # visits in a row without a student update after which a method is told that it never updates
+)
 
 
 class Diverged(Exception):
@@ -86,7 +88,9 @@ class Order:
 
 
 def share(source: Source, rows: Sequence[int], processes: Processes) -> Batch:
-    """Return this process's part of the rows, with field `row`: their places in the whole batch. May be empty."""
+    """Return this process's part of the rows, with field `row`: their places in the whole batch. May be
+    empty.
+    """
     parts = torch.arange(len(rows)).tensor_split(processes.world)
     mine = parts[processes.rank].tolist()
     batch = source.batch([rows[i] for i in mine] or [rows[0]])
@@ -181,7 +185,7 @@ class Trainer:
         if folder is not None:
             self.checkpoints = Checkpoints(folder / "checkpoint", identity, self.processes)
 
-    # ------------------------------------------------------------------ what a method sees (the `Step` protocol)
+    # ---- what a method sees (the `Step` protocol)
     @property
     def index(self) -> int:
         """The number (1..T) of the student's update that comes next."""
@@ -238,13 +242,15 @@ class Trainer:
                 raise Diverged(f"update {self.index} of '{group}': loss {value}, gradient norm {norm}")
             self._terms[f"{group}/loss"], self._terms[f"{group}/grad_norm"] = value, norm
             if self.recorder and self.recorder.gradient:
-                gradients = {n: p.grad.detach().clone() for n, p in optimizer.params.items() if p.grad is not None}
+                gradients = {
+                    n: p.grad.detach().clone() for n, p in optimizer.params.items() if p.grad is not None
+                }
                 self.recorder.gradient(group, gradients)
             self._descend(optimizer, norm)
         if group == "student":
             self._student_updated(totals)
 
-    # ------------------------------------------------------------------------------------------- one update
+    # ---- one update
     def _accumulate(
         self, group: str, loss: Callable[[Any, Any], Tensor], batch: Batch | Parts
     ) -> tuple[float, list[Totals]]:
@@ -255,7 +261,9 @@ class Trainer:
         pieces = 1 if self.distiller.couples_examples else math.ceil(size / self.micro_batch)
         cuts = {name: _by_length(part).tensor_split(max(pieces, 1)) for name, part in parts.items()}
         value = torch.zeros((), dtype=torch.float64, device=self.processes.device)
-        before: dict[str, Tensor | float] = {k: v for k, v in self._terms.items() if not k.startswith(group + "/")}
+        before: dict[str, Tensor | float] = {
+            k: v for k, v in self._terms.items() if not k.startswith(group + "/")
+        }
         self._terms = {}
         self._group = group
         try:
@@ -349,11 +357,12 @@ class Trainer:
         if self.updates >= self.total:
             raise _BudgetSpent
 
-    # ------------------------------------------------------------------------------------------------ the loop
+    # ---- the loop
     def fit(self, progress: bool = False, label: str = "") -> None:
         """Train until the budget is spent, from the newest checkpoint where there is one.
 
-        Raises: Diverged; RuntimeError when the method never updates the student; UserError for a bad checkpoint.
+        Raises: Diverged; RuntimeError when the method never updates the student; UserError for a bad
+        checkpoint.
         """
         with running(self.clock):
             self.resume()
@@ -436,7 +445,7 @@ class Trainer:
             for param in optimizer.params.values():
                 param.requires_grad_(True)
 
-    # ---------------------------------------------------------------------------------------------- optimizers
+    # ---- optimizers
     def _optimizer(self, group: Group) -> _Optimizer:
         params = dict(group.params)
         decay = self.training.weight_decay if group.weight_decay is None else group.weight_decay
@@ -468,14 +477,16 @@ class Trainer:
         if "student" not in self.optimizers:
             raise ValueError("groups() has no group 'student'; the budget counts its updates")
 
-    # --------------------------------------------------------------------------------------- what survives a kill
+    # ---- what survives a kill
     def stores(self) -> dict[str, Store]:
         """The distiller's buffers of rows by attribute name."""
         return {name: value for name, value in vars(self.distiller).items() if isinstance(value, Store)}
 
     def parameters(self) -> dict[str, Tensor]:
         """The trained parameters by group and name."""
-        return {f"{g}/{n}": p for g, optimizer in self.optimizers.items() for n, p in optimizer.params.items()}
+        return {
+            f"{g}/{n}": p for g, optimizer in self.optimizers.items() for n, p in optimizer.params.items()
+        }
 
     def load_parameters(self, values: Mapping[str, Tensor]) -> None:
         """Put back what `parameters` gave."""
@@ -574,7 +585,7 @@ class Trainer:
         for (name, _), fields in sorted(batches.items()):
             self.stores()[name].add(Batch(fields))
 
-    # ------------------------------------------------------------------------------------------------- the log
+    # ---- the log
     def _write(self, line: dict[str, float]) -> None:
         if self.track and self.processes.is_main:
             self.track(line, self.updates)

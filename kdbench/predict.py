@@ -1,8 +1,8 @@
 """Next-token distributions at the target positions, projected in chunks, never held whole.
 
-A causal language model is seen as a trunk (ids to hidden states) and a head (hidden states to logits). Whether a model's
-logits really are `head(trunk(ids))` is tried on a probe once per model: one that scales or caps its logits afterwards is
-run whole instead, so that nothing is silently different.
+A causal language model is seen as a trunk (ids to hidden states) and a head (hidden states to logits).
+Whether a model's logits really are `head(trunk(ids))` is tried on a probe once per model: one that scales or
+caps its logits afterwards is run whole instead, so that nothing is silently different.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Prediction:
         self.targets = targets
         self.vocab = vocab
         self._head = head
-        # a prediction made without gradients stays so, also when the head, which is a parameter, projects it later
+        # a prediction made without gradients stays so, also when the head, a parameter, projects it later
         self._grad = torch.is_grad_enabled()
 
     def __len__(self) -> int:
@@ -100,7 +100,9 @@ class CausalLM:
         return out.logits, getattr(out, "past_key_values", None)
 
     def hidden(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Return hidden states [B, T, H] of right-padded ids: text starts at position 0, after the soft prompt if any."""
+        """Return hidden states [B, T, H] of right-padded ids: text starts at position 0, after the soft
+        prompt if any.
+        """
         inputs: dict[str, Any] = {"use_cache": False}
         if positions is not None:
             inputs["position_ids"] = positions
@@ -114,8 +116,8 @@ class CausalLM:
 def predict(model: nn.Module, batch: Batch) -> Prediction:
     """Return the model's next-token distributions at the N target positions of `batch`, row by row.
 
-    Rows are right padded, so no target sees padding and no attention mask is needed. A field `position_offset` [B] shifts
-    the position ids of a row.
+    Rows are right padded, so no target sees padding and no attention mask is needed. A field
+    `position_offset` [B] shifts the position ids of a row.
     """
     width = max(int(batch["length"].max()), 2) if batch.size else 2
     cut = batch.replace(input_ids=batch["input_ids"][:, :width])

@@ -1,8 +1,9 @@
 """Soft prompts: vectors in front of the text that steer a frozen model.
 
-Source: Lester et al. 2021, https://arxiv.org/abs/2104.08691, sec. 2; initialised from text as in PromptKD (Kim et al.
-2024, https://arxiv.org/abs/2402.12842, sec. 4.1).
-Differs: the vectors stand between padding and text and take the positions 0..k-1, in training and in sampling alike.
+Source: Lester et al. 2021, https://arxiv.org/abs/2104.08691, sec. 2; initialised from text as in PromptKD
+(Kim et al. 2024, https://arxiv.org/abs/2402.12842, sec. 4.1).
+Differs: the vectors stand between padding and text and take the positions 0..k-1, in training and in sampling
+alike.
 """
 
 from __future__ import annotations
@@ -46,9 +47,11 @@ class SoftPrompt(nn.Module):
 
     @classmethod
     def random(cls, model: nn.Module, length: int) -> SoftPrompt:
-        """Start at normal noise of standard deviation 1, as torch initialises an embedding (and PEFT a random prompt).
+        """Start at normal noise of standard deviation 1, as torch initialises an embedding (and PEFT a random
+        prompt).
 
-        The noise is torch's global stream on the CPU, which a run seeds before it makes the modules of a method.
+        The noise is torch's global stream on the CPU, which a run seeds before it makes the modules of a
+        method.
         """
         table = model.get_input_embeddings().weight  # type: ignore[operator]
         noise = torch.randn(length, table.shape[1])

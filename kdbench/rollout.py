@@ -1,7 +1,8 @@
 """Sampling responses as trainable batches.
 
-A token is drawn by inverse CDF from one uniform number keyed by (seed, example, draw, position), so a response depends on
-its keys and the model alone: not on the batch it was in, its order or its size (up to ties in floating point).
+A token is drawn by inverse CDF from one uniform number keyed by (seed, example, draw, position), so a
+response depends on its keys and the model alone: not on the batch it was in, its order or its size (up to
+ties in floating point).
 """
 
 from __future__ import annotations
@@ -75,18 +76,18 @@ def rollout(
 ) -> Batch:
     """Return the prompts of `batch` with one sampled response each, in the same order.
 
-    Args: `max_new_tokens` None is `step.max_new_tokens`; `temperature` 0 takes the likeliest token; `top_k` 0 and
-    `top_p` 1 cut nothing; `no_repeat_ngram` n forbids an n-gram of prompt and response to occur twice; `mix` =
-    (teacher, alpha) samples from (1 - alpha) q + alpha p.
-    Returns a batch with new `input_ids`, `length` (the end-of-sequence token included when it was drawn) and
-    `finished` [B] bool; other fields are kept.
+    Args: `max_new_tokens` None is `step.max_new_tokens`; `temperature` 0 takes the likeliest token; `top_k` 0
+    and `top_p` 1 cut nothing; `no_repeat_ngram` n forbids an n-gram of prompt and response to occur twice;
+    `mix` = (teacher, alpha) samples from (1 - alpha) q + alpha p. Returns a batch with new `input_ids`,
+    `length` (the end-of-sequence token included when it was drawn) and `finished` [B] bool; other fields are
+    kept.
     Raises: ValueError for settings out of range, and for more tokens than the model has positions.
     """
     max_new_tokens = step.max_new_tokens if max_new_tokens is None else max_new_tokens
     if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or no_repeat_ngram < 0:
         raise ValueError(
-            f"rollout: max_new_tokens {max_new_tokens}, temperature {temperature}, top_k {top_k}, top_p {top_p}, "
-            f"no_repeat_ngram {no_repeat_ngram}: at least one is out of range"
+            f"rollout: max_new_tokens {max_new_tokens}, temperature {temperature}, top_k {top_k}, "
+            f"top_p {top_p}, no_repeat_ngram {no_repeat_ngram}: at least one is out of range"
         )
     models = [model] if mix is None else [model, mix[0]]
     for each in models:
@@ -116,8 +117,8 @@ def _check_positions(model: nn.Module, batch: Batch, max_new_tokens: int) -> Non
     longest = view.width + int(batch["prompt_length"].max()) + max_new_tokens if batch.size else 0
     if known is not None and longest - 1 > known:
         raise ValueError(
-            f"rollout: prompts of up to {longest - max_new_tokens} tokens and max_new_tokens = {max_new_tokens} need "
-            f"{longest - 1} positions, the model has {known}"
+            f"rollout: prompts of up to {longest - max_new_tokens} tokens and max_new_tokens = "
+            f"{max_new_tokens} need {longest - 1} positions, the model has {known}"
         )
 
 
@@ -262,7 +263,9 @@ class _Stream:
 
 
 def _place_prompt(view: CausalLM, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return embeddings [B, S + k, D] and mask [B, S + k] of left-padded ids with the prompt between padding and text."""
+    """Return embeddings [B, S + k, D] and mask [B, S + k] of left-padded ids with the prompt between padding
+    and text.
+    """
     assert view.prompt is not None
     text = view.inner.get_input_embeddings()(ids)
     slot = torch.arange(ids.shape[1] + view.width, device=ids.device)

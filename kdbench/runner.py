@@ -1,4 +1,6 @@
-"""The life of a run: materials, training, answers, evidence, analyses, record. Killed anywhere, it goes on from there."""
+"""The life of a run: materials, training, answers, evidence, analyses, record. Killed anywhere, it goes on
+from there.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ class Plan:
     """One run before it starts: checked, with its id; nothing heavy is loaded."""
 
     def __init__(self, run: RunConfig, places: Places) -> None:
-        """Raises: UserError for whatever would fail: settings, roles, data, vocabularies, an unwritable folder."""
+        """Raises: UserError for whatever would fail: settings, roles, data, vocabularies, an unwritable
+        folder.
+        """
         self.run, self.places = needed(run), places
         self.method = registry.load_distiller(run.method)
         check_settings(self.method.Config, run.settings, registry.stem(run.method))
@@ -67,15 +71,20 @@ class Plan:
         task = self.materials.task()
         lacking = [name for name in self.method.needs if name not in task.fields]
         if lacking:
-            raise UserError(f"{self.run.method}: needs {', '.join(lacking)}, which task {task.name} does not give")
-        if self.method.head not in task.heads:
             raise UserError(
-                f"{self.run.method}: its head is {self.method.head}, task {task.name} has {', '.join(task.heads)}"
+                f"{self.run.method}: needs {', '.join(lacking)}, which task {task.name} does not give"
+            )
+        if self.method.head not in task.heads:
+            heads = ", ".join(task.heads)
+            raise UserError(
+                f"{self.run.method}: its head is {self.method.head}, task {task.name} has {heads}"
             )
         known = [name.removeprefix("test/") for name in task.splits() if name.startswith("test/")]
         for name in [] if self.run.evaluation.sets == "all" else self.run.evaluation.sets:
             if name not in known:
-                raise UserError(f"evaluation.sets: task {task.name} has no set '{name}'. Known: {', '.join(known)}.")
+                raise UserError(
+                    f"evaluation.sets: task {task.name} has no set '{name}'. Known: {', '.join(known)}."
+                )
         if self.run.evidence is not None and self.run.evidence.split not in task.splits():
             raise UserError(
                 f"evidence.split: task {task.name} has no split '{self.run.evidence.split}'. "
@@ -99,7 +108,8 @@ class Plan:
     def execute(self) -> record.RunRecord:
         """Run, or go on with what an earlier process left; return the record.
 
-        Raises: UserError for what the user can mend. Any other exception becomes a record with status `failed`.
+        Raises: UserError for what the user can mend. Any other exception becomes a record with status
+        `failed`.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         processes = Processes(self.run.device, self.run.training.precision)
@@ -121,7 +131,9 @@ def _writable(folder: Path) -> None:
     while not place.exists():
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"{folder}: cannot be written ({place} is {'read-only' if place.is_dir() else 'a file'})")
+        raise UserError(
+            f"{folder}: cannot be written ({place} is {'read-only' if place.is_dir() else 'a file'})"
+        )
 
 
 class _Life:
@@ -158,19 +170,21 @@ class _Life:
                 shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
         return result
 
-    # ------------------------------------------------------------------------------------------------ training
+    # ---- training
     def work(self) -> None:
         """Train, then answer and measure."""
         roles = self.models()
         method, settings = self.plan.method, self.run.settings
-        distiller = stages.build(method, settings, roles.__getitem__, self.run.seed, registry.stem(self.run.method))
+        distiller = stages.build(
+            method, settings, roles.__getitem__, self.run.seed, registry.stem(self.run.method)
+        )
         teacher = roles.get("teacher")
         if self.run.training.optimizer_steps:
             self.train(distiller, teacher)
         distiller.eval()
         if not self.processes.is_main:
             return
-        with running(self.clock), phase("evaluate"):
+        with running(self.clock), phase("evaluate", covers=True):
             model = distiller.predictor()
             bare = model if hasattr(model, "save_pretrained") else distiller.student
             models.save_student(bare, self.materials.tokenizer("student"), self.folder / "student")  # type: ignore[arg-type]
@@ -180,7 +194,7 @@ class _Life:
 
     def models(self) -> dict[str, nn.Module]:
         """Load the roles' models, on all processes; the main one trains what the cache lacks."""
-        with running(self.clock), phase("stages"):
+        with running(self.clock), phase("stages", covers=True):
             return {role: self.materials.model(role) for role in self.run.roles}
 
     def train(self, distiller: Distiller, teacher: nn.Module | None) -> None:
@@ -211,7 +225,7 @@ class _Life:
         trainer.fit(progress=self.plan.places.progress and self.processes.is_main, label=self.label())
         if self.run.select.rule == "best":
             best = load_file(self.folder / "best.safetensors")
-            trainer.load_parameters({name: value for name, value in best.items()})
+            trainer.load_parameters(best)
 
     def label(self) -> str:
         """The run's name on a progress bar."""
@@ -233,15 +247,17 @@ class _Life:
 
     def snapshot(self, distiller: Distiller, teacher: nn.Module, step: int) -> None:
         """Collect the light evidence of the student as it is."""
-        with phase("snapshot"), evaluating(distiller):
+        with phase("snapshot", covers=True), evaluating(distiller):
             self.evidence(distiller.predictor(), teacher, step)
 
     def dev_score(self, distiller: Distiller, step: int) -> None:
         """Score the dev split, tell the distiller, and keep the weights where they are the best so far."""
         trainer = self.trainer
         assert trainer is not None
-        with phase("dev"), evaluating(distiller):
-            rows = self.outputs(distiller.predictor(), "dev", [self.run.evaluation.generation_seeds[0]], ban=0)
+        with phase("dev", covers=True), evaluating(distiller):
+            rows = self.outputs(
+                distiller.predictor(), "dev", [self.run.evaluation.generation_seeds[0]], ban=0
+            )
             metrics: dict[str, float] = {}
             for name in self.run.analyses:
                 scores: Callable[..., Mapping[str, float]] | None
@@ -259,8 +275,10 @@ class _Life:
                 save_file({n: v.detach().cpu().clone() for n, v in trainer.parameters().items()}, part)
                 part.replace(self.folder / "best.safetensors")
 
-    # ---------------------------------------------------------------------------------------------- evaluation
-    def outputs(self, model: nn.Module, split: str, seeds: list[int], ban: int | None = None) -> list[dict[str, Any]]:
+    # ---- evaluation
+    def outputs(
+        self, model: nn.Module, split: str, seeds: list[int], ban: int | None = None
+    ) -> list[dict[str, Any]]:
         """Return the model's answers to a split."""
         evaluation, task = self.run.evaluation, self.materials.task()
         decode = evaluation.decode if ban is None else replace(evaluation.decode, no_repeat_ngram=ban)
@@ -311,14 +329,23 @@ class _Life:
         keys["student"] = digest(self.plan.id, step)
         path.parent.mkdir(parents=True, exist_ok=True)
         collect.collect(
-            model, teacher, plan, rolled, path, keys, step=step, progress=self.plan.places.progress and step is None
+            model,
+            teacher,
+            plan,
+            rolled,
+            path,
+            keys,
+            step=step,
+            progress=self.plan.places.progress and step is None,
         )
 
     def gold(self, prompts: int | None) -> Batch:
         """Return the evidence prompts with their references; `finished` says that the reference kept its end."""
         config = self.run.evidence
         assert config is not None
-        source = TaskSource(self.materials.task(), config.split, self.materials.encoders(self.materials.task()))
+        source = TaskSource(
+            self.materials.task(), config.split, self.materials.encoders(self.materials.task())
+        )
         batch = source.batch(range(min(prompts or len(source), len(source))))
         last = batch["input_ids"].gather(1, batch["length"][:, None] - 1)[:, 0]
         return batch.replace(finished=last == self.materials.tokenizer("student").eos_token_id)
@@ -338,7 +365,7 @@ class _Life:
                 work.rename(folder)
         return [Batch.load(path) for path in sorted(folder.glob("*.safetensors"))]
 
-    # -------------------------------------------------------------------------------------------------- record
+    # ---- record
     def record(self, status: str, reason: str) -> record.RunRecord:
         """Return the record of what happened."""
         run, materials = self.run, self.materials
@@ -350,7 +377,9 @@ class _Life:
         scores: dict[str, record.Score] = {}
         notes = [*self.notes, *(f"breaks {law}: {why}" for law, why in self.broken().items())]
         if trainer and trainer.best:
-            notes.append(f"selected step {trainer.best['step']}: {run.select.score} {trainer.best['score']:.4f} on dev")
+            notes.append(
+                f"selected step {trainer.best['step']}: {run.select.score} {trainer.best['score']:.4f} on dev"
+            )
             best = record.Score(trainer.best["score"], "", trainer.best["n"], run.select.direction)
             scores[f"dev/{run.select.score}"] = best
         for split, counts in materials.task().counts.items():
@@ -363,7 +392,9 @@ class _Life:
             row=run.row,
             distiller=record.Named(registry.stem(run.method), self.plan.code[:16]),
             task=record.Named(run.task, materials.revision(materials.task())),
-            models={role: record.Named(_model_name(spec), materials.key(role)) for role, spec in run.roles.items()},
+            models={
+                role: record.Named(_model_name(spec), materials.key(role)) for role, spec in run.roles.items()
+            },
             seed=run.seed,
             config=run.to_dict(),
             environment=environment(run),
@@ -424,7 +455,11 @@ def _commit() -> dict[str, Any]:
 
     try:
         commit = git("rev-parse", "HEAD") if (PACKAGE.parent / ".git").exists() else ""
-        dirty = bool(git("status", "--porcelain", "--untracked-files=no", "--", str(PACKAGE.parent))) if commit else False
+        dirty = (
+            bool(git("status", "--porcelain", "--untracked-files=no", "--", str(PACKAGE.parent)))
+            if commit
+            else False
+        )
     except (OSError, subprocess.TimeoutExpired):
         commit, dirty = "", False
     return {"commit": commit or "unknown", "dirty": dirty}
@@ -457,5 +492,6 @@ def tracker(run: RunConfig, name: str, folder: Path) -> Callable[[dict[str, floa
         if hasattr(made, method):
             getattr(made, method)()
             break
-    return lambda line, step: made.log({key: value for key, value in line.items() if key != "step"}, step=step)
-
+    return lambda line, step: made.log(
+        {key: value for key, value in line.items() if key != "step"}, step=step
+    )

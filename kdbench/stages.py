@@ -1,9 +1,10 @@
-"""What a run is made of: tasks, tokenizers and models by role. What runs share is trained once, cached by content.
+"""What a run is made of: tasks, tokenizers and models by role. What runs share is trained once, cached by
+content.
 
 A stage (pretraining, the teacher's fine-tuning, the common student init) is an ordinary training by
-`harness.Trainer`. Its key is a hash of everything that determines the result: the model before it, settings, data,
-seed, code and library versions. Concurrent processes wait for each other at a file lock; a killed stage resumes
-from its checkpoint.
+`harness.Trainer`. Its key is a hash of everything that determines the result: the model before it, settings,
+data, seed, code and library versions. Concurrent processes wait for each other at a file lock; a killed stage
+resumes from its checkpoint.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import inspect
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -107,7 +108,7 @@ class Materials:
         self.run, self.places = run, places
         self._shared: int | None = None
 
-    # -------------------------------------------------------------------------------------------------- data
+    # ---- data
     def task(self, name: str | None = None, settings: Mapping[str, Any] | None = None) -> Task:
         """Return a task, the run's own where none is named. Raises: UserError for missing or malformed data."""
         name, settings = (self.run.task, self.run.task_settings) if name is None else (name, settings or {})
@@ -146,7 +147,9 @@ class Materials:
         """Return the content identity of every task's data that the run reads."""
         found = {"": self.revision(self.task())}
         for data in self.run.extra.values():
-            found[digest(data.task, data.task_settings)] = self.revision(self.task(data.task, data.task_settings))
+            found[digest(data.task, data.task_settings)] = self.revision(
+                self.task(data.task, data.task_settings)
+            )
         for role in self.run.roles.values():
             for stage in role.stages:
                 if stage.task:
@@ -154,7 +157,7 @@ class Materials:
                     found[key] = self.revision(self.task(stage.task, stage.task_settings))
         return found
 
-    # ------------------------------------------------------------------------------------------------ models
+    # ---- models
     def _base(self, role: str) -> str:
         """The role whose model this one starts from."""
         while (like := self.run.roles[role].like) is not None:
@@ -182,7 +185,9 @@ class Materials:
         wanted.append(run.evidence.max_new_tokens if run.evidence else 0)
         for role in run.roles:
             encoder = self.task().encoder(self.tokenizer(role))
-            longest = max(encoder.max_length, encoder.max_prompt + max(wanted)) - 1  # the last token is not an input
+            longest = (
+                max(encoder.max_length, encoder.max_prompt + max(wanted)) - 1
+            )  # the last token is not an input
             models.check_positions(
                 run.roles[self._base(role)], self.tokenizer(role), longest, self.places.runs
             )
@@ -205,7 +210,9 @@ class Materials:
 
     def _stage_key(self, before: str, stage: Stage, spec: Role) -> str:
         task = self._stage_task(stage)
-        code = registry.code_hash(registry.code_files([stage.method], [stage.task or self.run.task], stage=True))
+        code = registry.code_hash(
+            registry.code_files([stage.method], [stage.task or self.run.task], stage=True)
+        )
         told = {
             "method": registry.stem(stage.method),
             "settings": stage.settings,
@@ -311,7 +318,7 @@ class Materials:
                     found[stage.name] = float(seconds)
         return found
 
-    # --------------------------------------------------------------------------------------- what prepare makes
+    # ---- what prepare makes
     def prepared(self, trainer: Trainer, source: Source, key: str) -> Source | None:
         """Return the training rows that `prepare` made instead of the task's, if any; cached under `key`."""
         final = self.places.cache / "prepared" / key

@@ -1,7 +1,7 @@
 """Random streams: every random number of a run follows from one seed and a name.
 
-Source: the counter-based idea is that of Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405; the mixing
-function is the finaliser of SplitMix64 (Steele et al. 2014, https://doi.org/10.1145/2660193.2660195).
+Source: the counter-based idea is that of Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405; the
+mixing function is the finaliser of SplitMix64 (Steele et al. 2014, https://doi.org/10.1145/2660193.2660195).
 """
 
 from __future__ import annotations
