@@ -90,7 +90,7 @@ class Batch(Mapping[str, Tensor]):
 
     @staticmethod
     def cat(batches: Sequence[Batch]) -> Batch:
-        """Return the rows of all batches, in order; the second dimension is padded with zeros to the widest."""
+        """Return the rows of all batches, in order; dimension 1 is padded with zeros to the widest."""
         if not batches:
             raise ValueError("no batches to join")
         joined = {}
@@ -145,7 +145,7 @@ class Store:
 
 
 def target_mask(batch: Batch) -> Tensor:
-    """Return bool [B, T-1]: entry (b, j) says that the token after position j is a response token of row b."""
+    """Return bool [B, T-1]: entry (b, j) says that the token after position j of row b is a target."""
     token = torch.arange(1, batch["input_ids"].shape[1], device=batch["input_ids"].device)
     return (token >= batch["prompt_length"].clamp(min=1)[:, None]) & (token < batch["length"][:, None])
 
@@ -270,7 +270,7 @@ class Distiller(nn.Module):
         return {}
 
     def groups(self) -> dict[str, Group]:
-        """Return the parameters of each optimizer by group name; the budget counts the updates of `student`."""
+        """Return the parameters by optimizer group; the budget counts updates of `student`."""
         return {"student": Group([(n, p) for n, p in self.named_parameters() if p.requires_grad])}
 
     def prepare(self, data: Data, step: Step) -> Mapping[str, Batch] | None:

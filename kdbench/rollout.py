@@ -215,7 +215,7 @@ class _Sampler:
 
 
 def _inverse_cdf(probabilities: Tensor, u: Tensor) -> Tensor:
-    """Return one token per row: the first whose cumulative mass exceeds the share `u` [B] of the row's total."""
+    """Return one token per row: the first whose cumulative mass exceeds the share `u` [B] of the total."""
     cdf = probabilities.cumsum(-1, dtype=torch.float64)
     total = cdf[:, -1:].contiguous()
     tokens = torch.searchsorted(cdf, u[:, None] * total, right=True)

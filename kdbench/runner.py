@@ -34,7 +34,7 @@ from kdbench.stages import Materials, Places, TaskSource, digest
 
 
 def needed(run: RunConfig) -> RunConfig:
-    """Return the run with the roles its method and its evidence ask for. Raises: UserError for a missing one."""
+    """Return the run with the roles that method and evidence ask for. Raises: UserError for a missing one."""
     roles = stages.needed_roles(registry.load_distiller(run.method))
     if run.evidence is not None and "teacher" not in roles:
         roles.append("teacher")
@@ -340,7 +340,7 @@ class _Life:
         )
 
     def gold(self, prompts: int | None) -> Batch:
-        """Return the evidence prompts with their references; `finished` says that the reference kept its end."""
+        """Return the evidence prompts with their references; `finished`: the reference kept its end."""
         config = self.run.evidence
         assert config is not None
         source = TaskSource(

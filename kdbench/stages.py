@@ -110,7 +110,7 @@ class Materials:
 
     # ---- data
     def task(self, name: str | None = None, settings: Mapping[str, Any] | None = None) -> Task:
-        """Return a task, the run's own where none is named. Raises: UserError for missing or malformed data."""
+        """Return a task, by default the run's own. Raises: UserError for missing or malformed data."""
         name, settings = (self.run.task, self.run.task_settings) if name is None else (name, settings or {})
         tasks, key = self.places.tasks, digest(name, dict(settings))
         if key not in tasks:
