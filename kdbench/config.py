@@ -93,8 +93,8 @@ class TrainingConfig:
     # the two that break the law that an update does not depend on how its batch was cut
     student_dropout: bool = False  # the model's own dropout while the student trains
     mean: Literal["update", "micro_batch"] = "update"  # over what losses are averaged
-    # batches of rows of like length, cut from this many batches at a time; 1: as drawn. Saves padding, not a law:
-    # every row is still seen once an epoch
+    # batches of rows of like length, cut from this many batches at a time; 1: as drawn. Saves padding; every
+    # row is still seen once an epoch
     length_pool: int = 1
     position_offset: int = 0  # each training row's positions start at a random number of 0..this
     checkpoint_every: int = 100  # optimizer steps between checkpoints; 0: none

@@ -132,7 +132,7 @@ class Recorder:
 
 
 class Trainer:
-    """Trains a distiller until its budget of student updates is spent. It is the `Step` that a method sees."""
+    """Trains a distiller until its budget of updates is spent. It is the `Step` that a method sees."""
 
     def __init__(
         self,
