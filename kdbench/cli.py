@@ -1,28 +1,34 @@
 """The command line: it parses and prints, nothing else. Only the commands that need torch import it."""
 
+import ast
+import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kdbench import board as boards
-from kdbench import config
+from kdbench import config, registry
 from kdbench.errors import UserError, unknown
-from kdbench.paths import cache_dir, runs_dir
+from kdbench.paths import cache_dir, configs_dir, runs_dir
 
 if TYPE_CHECKING:
+    from kdbench.commands import Forecast
+    from kdbench.jobs import Job
+    from kdbench.record import RunFolder
     from kdbench.stages import Places
 
 DEFAULT_BOARD = "tiny-instruct/v1"
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"max_content_width": 110},
     help="Train knowledge distillation methods under one loop and compare them in one table.",
 )
 
@@ -34,6 +40,10 @@ DataRoot = Annotated[
         "--data-root", envvar="KDBENCH_DATA_ROOT", help="Local folder of data sets; see `kdbench list data`."
     ),
 ]
+_RUN_HELP = "Its id or the beginning of it, its folder, or its row (the least seed, then the newest)."
+RunName = Annotated[str, typer.Argument(metavar="RUN", help=_RUN_HELP)]
+Jobs = Annotated[int, typer.Option("--jobs", min=1, help="How many at the same time.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Overrides = Annotated[
     list[str],
     typer.Option(
@@ -60,12 +70,22 @@ def _numbers(text: str, where: str) -> list[int]:
         raise UserError(f"{where} {text}: expected whole numbers with commas, for example 1,2,3") from None
 
 
-def _places(runs: Path, data_root: Path | None) -> "Places":
-    from kdbench.stages import Places
+def _say(text: str) -> None:
+    if _main_process():
+        _err(text)
 
+
+def _places(runs: Path, data_root: Path | None) -> "Callable[[], Places]":
+    """Where runs read and write, to be made once torch may be imported; what is wrong is said now."""
     if data_root is not None and not data_root.is_dir():
         raise UserError(f"--data-root {data_root}: there is no such folder")
-    return Places(runs, cache_dir(), data_root, progress=_main_process())
+
+    def make() -> "Places":
+        from kdbench.stages import Places
+
+        return Places(runs, cache_dir(), data_root, progress=_main_process())
+
+    return make
 
 
 def _size(board: config.Board, size: str | None) -> str:
@@ -90,43 +110,101 @@ def run(
     board: BoardName = DEFAULT_BOARD,
     size: Annotated[str | None, typer.Option(help="One of the board's sizes.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Such as 1,2,3; default: the board's.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
+    jobs: Jobs = 1,
     runs: RunsDir = runs_dir(),  # noqa: B008
     data_root: DataRoot = None,
     overrides: Overrides = [],  # noqa: B006
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    track: Annotated[str | None, typer.Option(help="Also log to tensorboard or wandb.")] = None,
+    device: Device = "auto",
+    track: Annotated[str | None, typer.Option(help="Log to tensorboard or wandb too.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; do nothing.")] = False,
 ) -> None:
     """Train and score rows of a board, then print its table. What is finished is not repeated."""
+    from kdbench import commands
     from kdbench import jobs as work
 
     question = config.load_board(board)
     chosen = _size(question, size)
-    rows = work.rows_of(question, methods or [])
+    rows = commands.rows_of(question, methods or [])
     numbers = _numbers(seeds, "--seeds") if seeds else list(question.seeds)
-    work.quiet(question.sizes[chosen].threads)
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    say = _err if _main_process() else lambda text: None
     axes = question.axis_values()[0]
     for name in rows:  # most mistakes are found here, before torch is imported
         config.resolve(question, chosen, name, numbers[0], overrides, axes=axes, among=rows)
-    workers = work.Workers(jobs, live=sys.stderr.isatty()) if alone and not dry_run else None
     places = _places(runs, data_root)
-    plans = work.plans(question, chosen, rows, numbers, overrides, work.device_of(device), places)
+    commands.quiet(question.sizes[chosen].threads)
+    workers = None if dry_run else work.start(jobs, live=sys.stderr.isatty())
+    commands.check_track(track)
+    plans = commands.plans(question, chosen, rows, numbers, overrides, commands.device_of(device), places())
     todo = work.jobs_of(plans)
-    finished = [plan for plan in plans if plan.finished() is not None]
-    say(f"{question.id}, size {chosen}: {len(plans)} runs, {len(finished)} of them finished")
+    finished = sum(plan.finished() is not None for plan in plans)
+    _say(f"{question.id}, size {chosen}: {len(plans)} runs, {finished} of them finished already")
     if dry_run:
+        print(_forecast(commands.forecast(question, chosen, plans, todo, runs)))
         return
-    if workers is not None:
-        workers.run(todo)
-    else:
-        work.in_order(todo, say)
+    work.make(todo, workers, _say)
     if _main_process():
         print(boards.render(boards.report(question, runs, chosen), "table"), end="")
-    statuses = {job.outcome.status for job in todo if job.outcome is not None}
-    raise typer.Exit(2 if "refused" in statuses else 1 if statuses - {"done"} else 0)
+    raise typer.Exit(_code(todo))
+
+
+@app.command()
+def tune(
+    board: Annotated[str, typer.Argument(metavar="BOARD")],
+    jobs: Jobs = 1,
+    runs: RunsDir = runs_dir(),  # noqa: B008
+    data_root: DataRoot = None,
+    device: Device = "auto",
+) -> None:
+    """Try learning rates for every row of a board on its tuning seed, and write its tuning.json.
+
+    Every row has as many trials. The trials lie in RUNS/tuning and are never part of a report.
+    """
+    from kdbench import commands
+    from kdbench import jobs as work
+
+    question = config.load_board(board)
+    if question.tuning is None:
+        raise UserError(f"{question.id}: does not tune learning rates: its board.toml has no [tuning]")
+    places = _places(runs, data_root)
+    commands.quiet(question.sizes[question.tuning.size].threads)
+    workers = work.start(jobs, live=sys.stderr.isatty())
+    trials = commands.trials(question, commands.device_of(device), places())
+    todo = work.jobs_of([plan for plans in trials.values() for plan in plans])
+    work.make(todo, workers, _say)
+    path = commands.write_tuning(question, trials)
+    for name, tuned in config.load_board(board).tuned.items():
+        tried = ", ".join(f"{one.lr:g}: {'failed' if one.score is None else f'{one.score:.2f}'}"
+                          for one in tuned.trials)  # fmt: skip
+        print(f"{name:20} lr {tuned.lr:g}  ({tried})")
+    print(f"written to {path}")
+    raise typer.Exit(2 if any(job.outcome and job.outcome.status == "refused" for job in todo) else 0)
+
+
+def _code(jobs: Iterable["Job"]) -> int:
+    statuses = {job.outcome.status for job in jobs if job.outcome is not None}
+    return 2 if "refused" in statuses else 1 if statuses - {"done"} else 0
+
+
+def _forecast(lines: Sequence["Forecast"]) -> str:
+    from kdbench.jobs import duration
+
+    def bytes_of(amount: int | None) -> str:
+        return "unknown" if amount is None else f"{amount / 1e6:,.1f} MB"
+
+    table = [["", "id", "steps", "state", "disk", "time"]]
+    for one in lines:
+        done = one.state == "finished"
+        time = "unknown" if one.seconds is None else duration(one.seconds)
+        cost = ["", ""] if done else [bytes_of(one.bytes), time]
+        table.append([one.label, one.id, str(one.steps), one.state, *cost])
+    left = [one for one in lines if one.state != "finished"]
+    known = [one.seconds for one in left if one.seconds is not None]
+    said = f"{duration(sum(known))} one after the other" if known else "unknown"
+    if known and len(known) < len(left):
+        said += f" for {len(known)} of them, the others unknown"
+    kept = bytes_of(sum(one.bytes or 0 for one in left))
+    most = bytes_of(max((one.training_bytes or 0 for one in left), default=0))
+    disk = f"Disk: {kept}, and up to {most} more for each while it trains."
+    return "\n".join([*_aligned(table), "", f"Left to do: {len(left)}. {disk} Time: {said}."])
 
 
 # ------------------------------------------------------------------------------------------------------- read
@@ -138,16 +216,266 @@ def report(
     runs: RunsDir = runs_dir(),  # noqa: B008
 ) -> None:
     """Print a board's table: published rows and your own."""
+    if format not in boards.FORMATS:
+        raise unknown("format", format, boards.FORMATS)
     question = config.load_board(board)
     print(boards.render(boards.report(question, runs, _size(question, size)), format), end="")
 
 
+@app.command()
+def show(
+    run: RunName,
+    set_name: Annotated[str | None, typer.Option("--set", help="A test set; default: the first.")] = None,
+    against: Annotated[str | None, typer.Option(metavar="RUN", help="A second run, beside it.")] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="How many prompts.")] = 5,
+    runs: RunsDir = runs_dir(),  # noqa: B008
+) -> None:
+    """Print prompts, references, responses and scores of a run, or of two side by side."""
+    from kdbench.commands import find_run
+
+    folders = [find_run(name, runs) for name in ([run] if against is None else [run, against])]
+    shown = [_answers(folder, set_name) for folder in folders]
+    name = shown[0][0]["set"]
+    other = shown[-1] if set_name or len(shown) == 1 else _answers(folders[-1], name)
+    columns = [{row["example_id"]: row for row in rows} for rows in (shown[0], other)[: len(folders)]]
+    seeds = len({row["seed"] for row in folders[0].outputs(name)})
+    told = f" (one of {seeds} responses is shown, scores are means over all)" if seeds > 1 else ""
+    print(f"set {name}{told}")
+    heads = []
+    for folder in folders:
+        found = folder.record
+        heads.append(f"{found.row}, seed {found.seed}, run {found.run_id} ({found.board}, {found.size})")
+    for line in _beside(heads):
+        print(line)
+    for example in [one for one in columns[0] if all(one in column for column in columns)][:n]:
+        first = columns[0][example]
+        print(f"\n{'─' * _WIDTH}\nexample {example}\n")
+        print(textwrap.indent(first["prompt"].strip(), "  "))
+        for reference in first["references"]:
+            print(f"\nreference:\n{textwrap.indent(reference.strip(), '  ')}")
+        print()
+        for line in _beside([f"response: {_scores(column[example])}" for column in columns]):
+            print(line)
+        for line in _beside([column[example]["response"].strip() or "(empty)" for column in columns]):
+            print(f"  {line}")
+
+
+_WIDTH = 110
+
+
+def _answers(folder: "RunFolder", set_name: str | None) -> list[dict[str, Any]]:
+    """The rows of a set with the first generation seed, each with its scores by name."""
+    sets = folder.output_sets()
+    if not sets:
+        raise UserError(f"{folder.path}: has no responses: the run {folder.record.status}")
+    if set_name is not None and set_name not in sets:
+        raise unknown("set", set_name, sets, str(folder.path))
+    rows = folder.outputs(set_name or sets[0])
+    shown = [row for row in rows if row["seed"] == rows[0]["seed"]]
+    arrays = folder.arrays()
+    for row in shown:
+        row["scores"] = {}
+    for name, score in folder.record.scores.items():
+        measure, _, of = name.rpartition("/")
+        if of == shown[0]["set"] and {"values", "prompt", "stratum"} <= score.arrays.keys():
+            values, prompts, strata = (arrays[score.arrays[key]] for key in ("values", "prompt", "stratum"))
+            mine = strata == score.args.get("stratum")
+            by_prompt = dict(zip(prompts[mine].tolist(), values[mine].tolist(), strict=True))
+            for row in shown:
+                row["scores"][measure.rpartition("/")[2]] = by_prompt[row["example_id"]]
+    return shown
+
+
+def _scores(row: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value:.1f}" for name, value in row["scores"].items())
+
+
+def _beside(texts: Sequence[str]) -> list[str]:
+    """Texts wrapped into columns of equal width."""
+    width = _WIDTH // len(texts) - 3
+    columns = [
+        [part for line in text.splitlines() for part in textwrap.wrap(line, width) or [""]] for text in texts
+    ]
+    height = max(len(column) for column in columns)
+    padded = [[*column, *[""] * (height - len(column))] for column in columns]
+    return [" │ ".join(part.ljust(width) for part in parts).rstrip() for parts in zip(*padded, strict=True)]
+
+
+@app.command()
+def analyze(
+    names: Annotated[list[str], typer.Argument(metavar="RUN...", help=_RUN_HELP)],
+    analysis: Annotated[
+        list[str], typer.Option("--analysis", help="Repeatable; default: those of the board.")
+    ] = [],  # noqa: B006
+    figures: Annotated[Path | None, typer.Option(help="Folder; default: in the first run's.")] = None,
+    runs: RunsDir = runs_dir(),  # noqa: B008
+) -> None:
+    """Compute scores and figures again from what runs saved.
+
+    The scores go into the runs' records.
+    """
+    from kdbench.commands import find_run
+
+    folders = [find_run(name, runs) for name in names]
+    chosen = analysis or list(dict.fromkeys(name for folder in folders for name in folder.record.analyses))
+    modules = {name: registry.load_analysis(name) for name in chosen}
+    for folder in folders:
+        for name, module in modules.items():
+            stem = registry.stem(name)
+            record = folder.add(stem, module.VERSION, module.analyze(folder))
+            scores = {key: one for key, one in record.scores.items() if key.startswith(f"{stem}/")}
+            print(f"{record.row}, seed {record.seed}, run {record.run_id}: {stem}, version {module.VERSION}")
+            table = [[f"  {key}", "–" if one.value is None else f"{one.value:.4g}", one.unit, f"n {one.n}"]
+                     for key, one in scores.items()]  # fmt: skip
+            print("\n".join(_aligned(table)))
+    for module in modules.values():
+        if hasattr(module, "figures"):
+            for path in module.figures(folders, figures or folders[0].path / "figures"):
+                print(f"figure: {path}")
+
+
+@app.command()
+def publish(
+    names: Annotated[list[str], typer.Argument(metavar="RUN...", help=_RUN_HELP)],
+    replace: Annotated[bool, typer.Option("--replace", help="Take the place of the published run.")] = False,
+    runs: RunsDir = runs_dir(),  # noqa: B008
+) -> None:
+    """Check finished runs and copy their records into their boards."""
+    from kdbench.commands import find_run
+
+    by_board: dict[str, list[Path]] = {}
+    for name in names:
+        folder = find_run(name, runs)
+        by_board.setdefault(folder.record.board, []).append(folder.path)
+    for board, folders in by_board.items():
+        question = config.load_board(board)
+        for warning in boards.publish(folders, question, replace):
+            _err(f"warning: {warning}")
+        print(f"{len(folders)} runs published in {question.folder}")
+
+
+KINDS = ("methods", "boards", "tasks", "analyses", "data", "models")
+
+
+@app.command(name="list")
+def list_(
+    kind: Annotated[str, typer.Argument(metavar="|".join(KINDS))],
+    data_root: DataRoot = None,
+) -> None:
+    """List methods, boards, tasks, analyses, data sets or models."""
+    if kind not in KINDS:
+        raise unknown("kind", kind, KINDS, "list")
+    if kind == "data":
+        _list_data(data_root)
+        return
+    lines: list[tuple[str, str]] = []
+    if kind == "boards":
+        for name in config.boards():
+            board = config.load_board(name)
+            sizes = ", ".join(board.sizes)
+            lines.append((name, f"{board.title or board.question} (sizes: {sizes})"))
+    elif kind == "models":
+        for name in config.models():
+            lines.append((name, _comment(configs_dir() / "models" / f"{name}.toml")))
+    else:
+        kinds: dict[str, registry.Kind] = {"methods": "distillers", "tasks": "tasks", "analyses": "analyses"}
+        for name in registry.names(kinds[kind]):
+            lines.append((name, _summary(registry.find(kinds[kind], name))))
+    print("\n".join(_aligned([list(line) for line in lines])))
+
+
+def _summary(path: Path) -> str:
+    """The first sentence of a module's docstring; nothing is imported."""
+    text = ast.get_docstring(ast.parse(path.read_bytes())) or ""
+    return " ".join(text.split("\n\n")[0].split())
+
+
+def _comment(path: Path) -> str:
+    """The comment that a file begins with."""
+    first = path.read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+    return " ".join(line.lstrip("# ") for line in first if line.startswith("#"))
+
+
+def _list_data(data_root: Path | None) -> None:
+    from kdbench.data import sources
+
+    if data_root is not None and not data_root.is_dir():
+        raise UserError(f"--data-root {data_root}: there is no such folder")
+    rows = sources(data_root)
+    for name in dict.fromkeys(row["set"] for row in rows):
+        mine = [row for row in rows if row["set"] == name]
+        print(f"{name}: {mine[0]['source']}\n  licence: {mine[0]['licence']}")
+        if mine[0]["note"]:
+            print(f"  note: {mine[0]['note']}")
+        table = []
+        for row in mine:
+            records = f"{row['records']} records" if row["records"] else ""
+            table.append([f"  {row['split']}", row["local"], records, row["hub"], row["sha256"]])
+        print("\n".join(_aligned(table)))
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """Columns of equal width; the last is as wide as it is."""
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))] if table else []
+    padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in table)
+    return ["  ".join(cells).rstrip() for cells in padded]
+
+
+# -------------------------------------------------------------------------------------------------------- try
+@app.command()
+def check(
+    method: Annotated[str, typer.Argument(metavar="METHOD|FILE.py")],
+    overrides: Overrides = [],  # noqa: B006
+    law: Annotated[list[str], typer.Option("--law", help="Only this law; repeatable.")] = [],  # noqa: B006
+) -> None:
+    """Try the laws of the method contract on tiny models.
+
+    Each law is named with pass, fail or not claimed, and the reason.
+    """
+    from kdbench import commands
+
+    registry.find("distillers", method)
+    told: dict[str, dict[str, Any]] = {"method": {}, "training": {}}
+    for text in overrides:
+        one = config.parse_override(text)
+        section = "method" if one.section in ("method", registry.stem(method)) else one.section
+        if section not in told:
+            raise unknown("section", one.section, [registry.stem(method), *told], "--set")
+        told[section][one.key] = one.value
+    commands.quiet(1)
+    from kdbench import checks
+
+    commands.silence()
+    laws = checks.check(method, told["method"], training=told["training"], only=law)
+    print(checks.render(laws))
+    raise typer.Exit(1 if any(one.status == "fail" for one in laws) else 0)
+
+
+if importlib.util.find_spec("kdbench.gate") is not None:
+
+    @app.command()
+    def gate() -> None:
+        """Compare first updates and short scores of all methods with those stored."""
+        from kdbench import commands
+
+        commands.quiet(1)
+        module: Any = importlib.import_module("kdbench.gate")
+        raise typer.Exit(module.run())
+
+
 # ------------------------------------------------------------------------------------------------------ start
+def _command_names() -> list[str]:
+    return [one.name or str(getattr(one.callback, "__name__", "")) for one in app.registered_commands]
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0, 1 (ran and failed), 2 (your input), 130 (stopped)."""
     usage = typer.BadParameter.__mro__[2]  # what the parser raises for a wrong command line
+    args = list(sys.argv[1:] if args is None else args) or ["--help"]
     try:
-        code = app(args=None if args is None else list(args), prog_name="kdbench", standalone_mode=False)
+        if not args[0].startswith("-") and args[0] not in (known := _command_names()):
+            raise unknown("command", args[0], known)
+        code = app(args=args, prog_name="kdbench", standalone_mode=False)
         return int(code or 0)
     except UserError as error:
         _err(f"kdbench: {error}")

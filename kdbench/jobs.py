@@ -20,15 +20,15 @@ from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
 from kdbench import registry
-from kdbench.config import Board, resolve, stage_training
-from kdbench.errors import UserError, unknown
+from kdbench.commands import silence
+from kdbench.config import stage_training
+from kdbench.errors import UserError
 
 if TYPE_CHECKING:
     from kdbench.runner import Plan
-    from kdbench.stages import Places
 
-PRELOAD = ("kdbench.runner", "transformers.models.gpt2.modeling_gpt2")
-TRACKERS = ("tensorboard", "wandb")
+# what runs import: the process that children are forked from has it loaded
+PRELOAD = ("kdbench.runner", "transformers.models.gpt2.modeling_gpt2", "pyarrow.parquet")
 
 
 @dataclass(frozen=True)
@@ -54,86 +54,6 @@ class Job:
     outcome: Outcome | None = None
 
 
-# ------------------------------------------------------------------------------------------------ what to run
-def quiet(threads: int) -> None:
-    """Set what libraries read when they are imported: threads, and no chatter of their own."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
-        os.environ.setdefault(name, "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # to ask for a GPU must not spoil a fork
-
-
-def _silence() -> None:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-
-
-def rows_of(board: Board, methods: Sequence[str]) -> list[str]:
-    """The rows that a command names: for none or `all` the board's, else its reference rows and these."""
-    if not methods or "all" in methods:
-        named = [row.name for row in board.rows]
-    else:
-        named = [row.name for row in board.rows if row.reference]
-    return list(dict.fromkeys([*named, *(name for name in methods if name != "all")]))
-
-
-def device_of(name: str) -> str:
-    """`cpu` or `cuda`; `auto` is the GPU where there is one. Raises: UserError where there is none."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise unknown("device", name, ("auto", "cpu", "cuda"), "--device")
-    if name == "cpu":
-        return "cpu"
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    if name == "cuda":
-        raise UserError("--device cuda: this machine has no CUDA device that torch can use")
-    return "cpu"
-
-
-def plans(
-    board: Board,
-    size: str,
-    rows: Sequence[str],
-    seeds: Sequence[int],
-    overrides: Sequence[str],
-    device: str,
-    places: Places,
-) -> list[Plan]:
-    """Check every run; return them in order of seed and row.
-
-    Raises: UserError for the first that cannot be made.
-    """
-    from kdbench.runner import Plan
-
-    _silence()
-    found: dict[str, Plan] = {}
-    for seed in seeds:
-        for axes in board.axis_values():
-            for name in rows:
-                row = board.row(name)
-                method = registry.load_distiller(row.method if row else name)
-                run = resolve(
-                    board,
-                    size,
-                    name,
-                    seed,
-                    overrides,
-                    axes=axes,
-                    among=rows,
-                    device=device,
-                    settings_class=method.Config,
-                )
-                plan = Plan(run, places)
-                found.setdefault(plan.id, plan)
-    return list(found.values())
-
-
 def jobs_of(runs: Iterable[Plan]) -> list[Job]:
     """The stages that are not trained yet, longest first, then the runs that are not finished."""
     stages: dict[str, Job] = {}
@@ -156,9 +76,16 @@ def jobs_of(runs: Iterable[Plan]) -> list[Job]:
     return [*sorted(stages.values(), key=lambda job: -job.steps), *whole]
 
 
-# -------------------------------------------------------------------------------------------- in this process
-def in_order(jobs: Sequence[Job], say: Callable[[str], None]) -> None:
-    """Make the runs one after the other, on all processes that `accelerate launch` started."""
+def start(count: int, live: bool) -> Workers | None:
+    """Workers for so many runs at the same time; None where `accelerate launch` started several processes."""
+    return Workers(count, live) if int(os.environ.get("WORLD_SIZE", "1")) == 1 else None
+
+
+def make(jobs: Sequence[Job], workers: Workers | None, say: Callable[[str], None]) -> None:
+    """Make the jobs and put the outcome into each; without workers in this process, one after the other."""
+    if workers is not None:
+        workers.run(jobs)
+        return
     for job in jobs:
         if job.role is None:
             say(f"{job.label}: started")
@@ -166,6 +93,7 @@ def in_order(jobs: Sequence[Job], say: Callable[[str], None]) -> None:
             say(told(job))
 
 
+# ---------------------------------------------------------------------------------------------------- one job
 def _make(job: Job) -> Outcome:
     start = time.monotonic()
     try:
@@ -216,11 +144,20 @@ class Workers:
         forking = "forkserver" in multiprocessing.get_all_start_methods()
         self._context = multiprocessing.get_context("forkserver" if forking else "spawn")
         if forking:
-            from multiprocessing import forkserver
-
-            self._context.set_forkserver_preload([name for name in PRELOAD if importlib.util.find_spec(name)])
-            forkserver.ensure_running()  # it imports torch while this process does the same
+            self._start_server()
         self._lock = self._context.RLock()
+
+    def _start_server(self) -> None:
+        """Start the process to fork from; it imports torch while this process does the same."""
+        from multiprocessing import forkserver
+
+        wanted = [*PRELOAD, *(f"analyses.{name}" for name in registry.names("analyses"))]
+        self._context.set_forkserver_preload([name for name in wanted if importlib.util.find_spec(name)])
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process alone
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def say(self, text: str) -> None:
         """Print a line above the children's bars."""
@@ -301,7 +238,7 @@ def _child(sender: Connection, told: tuple[Any, ...], slot: int | None, lock: An
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process when it is told to stop
     threading.Thread(target=_end_with_parent, daemon=True).start()
     run, places, label, role, count = told
-    _silence()
+    silence()
     _bars(label, slot, lock)
     from kdbench.runner import Plan
 

@@ -1,0 +1,311 @@
+"""What commands do around runs: which runs, what they cost, learning rates, finding a run again."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdbench import board as boards
+from kdbench import config, registry
+from kdbench.config import Board, RunConfig, resolve
+from kdbench.errors import UserError, unknown
+from kdbench.record import RecordError, RunFolder, load, write_json
+from kdbench.strict import to_dict
+
+if TYPE_CHECKING:
+    from kdbench.jobs import Job
+    from kdbench.runner import Plan
+    from kdbench.stages import Places
+
+TRACKERS = ("tensorboard", "wandb")
+
+
+# ------------------------------------------------------------------------------------------------ what to run
+def quiet(threads: int) -> None:
+    """Set what libraries read when they are imported: threads, and no chatter of their own."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # to ask for a GPU must not spoil a fork
+
+
+def silence() -> None:
+    """Switch off the progress bars of transformers."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def rows_of(board: Board, methods: Sequence[str]) -> list[str]:
+    """The rows that a command names: for none or `all` the board's, else its reference rows and these."""
+    if not methods or "all" in methods:
+        named = [row.name for row in board.rows]
+    else:
+        named = [row.name for row in board.rows if row.reference]
+    return list(dict.fromkeys([*named, *(name for name in methods if name != "all")]))
+
+
+def device_of(name: str) -> str:
+    """`cpu` or `cuda`; `auto` is the GPU where there is one. Raises: UserError where there is none."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise unknown("device", name, ("auto", "cpu", "cuda"), "--device")
+    if name == "cpu":
+        return "cpu"
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if name == "cuda":
+        raise UserError("--device cuda: this machine has no CUDA device that torch can use")
+    return "cpu"
+
+
+def plans(
+    board: Board,
+    size: str,
+    rows: Sequence[str],
+    seeds: Sequence[int],
+    overrides: Sequence[str],
+    device: str,
+    places: Places,
+) -> list[Plan]:
+    """Check every run; return them in order of seed and row.
+
+    Raises: UserError for the first that cannot be made.
+    """
+    from kdbench.runner import Plan
+
+    silence()
+    found: dict[str, Plan] = {}
+    for seed in seeds:
+        for axes in board.axis_values():
+            for name in rows:
+                plan = Plan(_run(board, size, name, seed, overrides, axes, rows, device), places)
+                found.setdefault(plan.id, plan)
+    return list(found.values())
+
+
+def _run(
+    board: Board,
+    size: str,
+    name: str,
+    seed: int,
+    overrides: Sequence[str],
+    axes: dict[str, Any],
+    among: Sequence[str],
+    device: str,
+) -> RunConfig:
+    """A run with its method's and task's settings completed by their defaults."""
+    row = board.row(name)
+    method = registry.load_distiller(row.method if row else name).Config
+    plain = resolve(board, size, name, seed, overrides, axes=axes, among=among, device=device)
+    return resolve(
+        board,
+        size,
+        name,
+        seed,
+        overrides,
+        axes=axes,
+        among=among,
+        device=device,
+        settings_class=method,
+        task_settings_class=registry.load_task(plain.task).Settings,
+    )
+
+
+def check_track(name: str | None) -> None:
+    """Let runs log to this tracker too. Raises: UserError for one that is unknown or not installed."""
+    if name is None:
+        return
+    if name not in TRACKERS:
+        raise unknown("tracker", name, TRACKERS, "--track")
+    from kdbench.runner import check_tracker
+
+    check_tracker(name)
+    os.environ["KDBENCH_TRACKER"] = name  # children inherit it
+
+
+# ------------------------------------------------------------------------------------------ what it will cost
+@dataclass(frozen=True)
+class Forecast:
+    """One line of a dry run; None is unknown. `bytes` are kept, `training_bytes` are gone afterwards."""
+
+    label: str
+    id: str
+    steps: int
+    state: str
+    bytes: int | None = None
+    training_bytes: int | None = None
+    seconds: float | None = None
+
+
+def forecast(
+    board: Board, size: str, plans: Sequence[Plan], jobs: Sequence[Job], runs: Path
+) -> list[Forecast]:
+    """What each stage and run would take, from published and local records of the same row and size."""
+    paths = [*boards.published_records(board), *boards.local_records(board, runs)]
+    entries, _ = boards.read_entries(paths, local=True)
+    done = [entry for entry in entries if entry.record.size == size and entry.record.status == "done"]
+    stages: dict[str, float] = {}
+    for entry in done:
+        for name, value in entry.record.budget.items():
+            if name.startswith("stage_seconds."):
+                stages[name.removeprefix("stage_seconds.")] = value
+    lines = []
+    for job in jobs:
+        if job.role is not None:
+            spec = job.plan.run.roles[job.role]
+            size_bytes = _model_bytes(job.plan, job.role)
+            more = None if size_bytes is None else 6 * size_bytes
+            seconds = stages.get(spec.stages[job.count - 1].name)
+            lines.append(Forecast(job.label, job.gives, job.steps, "to train", size_bytes, more, seconds))
+    for plan in plans:
+        run, label = plan.run, f"{plan.run.row} seed {plan.run.seed}"
+        steps = run.training.optimizer_steps
+        if plan.finished() is not None:
+            lines.append(Forecast(label, plan.id, steps, "finished"))
+            continue
+        like = [entry for entry in done if entry.record.row == run.row]
+        seconds = None
+        if like:
+            times = [sum(phase.seconds for phase in entry.record.phases.values()) for entry in like]
+            seconds = sum(times) / len(times)
+        model = _model_bytes(plan, "student")
+        kept = [_folder_bytes(entry.path.parent) for entry in like if entry.path.name == "record.json"]
+        answers = _answers(plan)
+        if not kept and model is not None:
+            kept = [model + 1000 * answers]
+        more = 6 * model if model is not None and steps else 0 if model is not None else None
+        state = "to go on" if (plan.folder / "checkpoint").is_dir() else "to run"
+        lines.append(Forecast(label, plan.id, steps, state, max(kept) if kept else None, more, seconds))
+    return lines
+
+
+def _answers(plan: Plan) -> int:
+    """How many responses the run's evaluation writes."""
+    evaluation, task = plan.run.evaluation, plan.materials.task()
+    splits = [split for split in task.splits() if split.startswith("test/")]
+    if evaluation.sets != "all":
+        splits = [f"test/{name}" for name in evaluation.sets]
+    encoder = plan.materials.encoders(task)["student"]
+    rows = [len(task.rows(split, encoder)) for split in splits]
+    limit = evaluation.limit
+    return len(evaluation.generation_seeds) * sum(min(n, limit) if limit else n for n in rows)
+
+
+def _model_bytes(plan: Plan, role: str) -> int | None:
+    """The size of a role's weights in float32, from its configuration; None where that cannot be read."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from kdbench import models
+
+    spec = plan.run.roles[role]
+    try:
+        described = models.load_config(spec, plan.materials.tokenizer(role), plan.places.runs)
+        with torch.device("meta"):
+            return 4 * int(AutoModelForCausalLM.from_config(described).num_parameters())
+    except (UserError, ValueError):
+        return None
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+# --------------------------------------------------------------------------------------------- learning rates
+def trials(board: Board, device: str, places: Places) -> dict[str, list[Plan]]:
+    """The learning-rate trials of every trained row, on the tuning seed, each scored on dev alone.
+
+    They lie in `<runs>/tuning`, where no report looks; the board must have [tuning].
+    """
+    from kdbench.runner import Plan
+
+    silence()
+    assert board.tuning is not None
+    tuning, untuned = board.tuning, dataclasses.replace(board, tuned={})
+    apart = dataclasses.replace(places, runs=places.runs / "tuning")
+    names = [row.name for row in board.rows if not row.reference]
+    axes = board.axis_values()[0]
+    found: dict[str, list[Plan]] = {}
+    for name in names:
+        for overrides in config.tuning_runs(board, name):
+            run = _run(untuned, tuning.size, name, tuning.seed, overrides, axes, names, device)
+            task = Plan(run, apart).materials.task()
+            first = next(split for split in task.splits() if split.startswith("test/"))
+            evaluation = dataclasses.replace(
+                run.evaluation,
+                sets=[first.removeprefix("test/")],
+                generation_seeds=run.evaluation.generation_seeds[:1],
+            )
+            select = config.Select("last", tuning.score, tuning.direction, run.training.optimizer_steps)
+            scoring = [one for one in run.analyses if hasattr(registry.load_analysis(one), "dev_scores")]
+            run = dataclasses.replace(
+                run, evaluation=evaluation, select=select, analyses=scoring, evidence=None
+            )
+            found.setdefault(name, []).append(Plan(run, apart))
+    return found
+
+
+def write_tuning(board: Board, plans: dict[str, list[Plan]]) -> Path:
+    """Write `tuning.json` beside the board: the best learning rate of each row, and all trials.
+
+    Raises: UserError where every trial of a row failed, and where the board's folder cannot be written.
+    """
+    assert board.tuning is not None
+    assert board.folder is not None
+    sign = 1 if board.tuning.direction == "higher" else -1
+    rows = {}
+    for name, row_plans in plans.items():
+        tried = []
+        for plan in row_plans:
+            record = plan.finished()
+            done = record is not None and record.status == "done"
+            score = record.value(f"dev/{board.tuning.score}") if record is not None and done else None
+            tried.append(config.Trial(plan.run.training.lr, score, plan.id))
+        scored = [(sign * one.score, one.lr) for one in tried if one.score is not None]
+        if not scored:
+            raise UserError(f"{board.id}: every trial of row '{name}' failed; tuning.json is left as it was")
+        rows[name] = config.Tuned(max(scored)[1], tried)
+    path = board.folder / "tuning.json"
+    try:
+        write_json(path, {"rows": to_dict(rows)})
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+    return path
+
+
+# -------------------------------------------------------------------------------------------- finding one run
+def find_run(name: str, runs: Path) -> RunFolder:
+    """A run by its folder, its id, the beginning of its id, or its row (the least seed, then the newest).
+
+    Raises: UserError where there is none, or more than one.
+    """
+    if (Path(name) / "record.json").is_file():
+        return RunFolder(Path(name))
+    paths = sorted(path for depth in ("*/*/*", "tuning/*/*/*") for path in runs.glob(f"{depth}/record.json"))
+    exact = [path for path in paths if path.parent.name == name]
+    begun = exact or [path for path in paths if path.parent.name.startswith(name)]
+    if len(begun) == 1:
+        return RunFolder(begun[0].parent)
+    if begun:
+        raise UserError(f"run '{name}': several begin so: {', '.join(path.parent.name for path in begun)}")
+    rows: dict[str, list[tuple[int, float, Path]]] = {}
+    for path in paths:
+        try:
+            record = load(path)
+        except RecordError:
+            continue
+        rows.setdefault(record.row, []).append((record.seed, -path.stat().st_mtime, path.parent))
+    if name in rows:
+        return RunFolder(min(rows[name])[2])
+    if not paths:
+        raise UserError(f"run '{name}': there are no runs in the folder {runs}; `kdbench run` makes some")
+    raise unknown("run", name, [*rows, *(path.parent.name for path in paths)])
