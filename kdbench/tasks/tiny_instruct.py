@@ -13,7 +13,7 @@ must be repeated later: `story recipe portrait letter trip`. `pair` asks for two
 
 The references of `train` are noisy, as crowd-written ones are: a share `noise` of them slips in its facts,
 stops early, or answers something else. `teacher_train` is larger and clean, and a share `prefix` of its
-prompts has one to eight words before the template, so that a teacher trained on it tolerates a soft prompt
+prompts has five to ten words before the template, so that a teacher trained on it tolerates a soft prompt
 there.
 
 Held out of both: two of seven phrasings of every family (`phrase`), seven of 32 operation x category
@@ -103,7 +103,7 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "Write down all the {p} in the list.",
         "Find the {p} and leave out the rest.",
         "I need only the {p}.",
-        "Leave out the rest and keep the {p}.",
+        "Find only the {p} in this list.",
         "Write only the {p} of the list.",
     ),
     "drop": (
@@ -112,7 +112,7 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "Write down the list without the {p}.",
         "Which words in the list are not {p}?",
         "I need the list without the {p}.",
-        "Find the {p} and remove all of them.",
+        "Find the {p} and leave out all {p}.",
         "Write all words that are not {p}.",
     ),
     "count": (
@@ -121,7 +121,7 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "Find out how many {p} the list has.",
         "Give the number of {p}.",
         "Tell me how many words are {p}.",
-        "Give me a count of the {p}.",
+        "Tell me the number of {p} in the list.",
         "What number of {p} has the list?",
     ),
     "first": (
@@ -248,7 +248,7 @@ PAIRS_OUT = frozenset(
     }
 )
 
-MAX_PREFIX = 8
+PREFIX_WORDS = (5, 7, 7, 10)  # the prompt lengths that the PromptKD paper compares; its default is 7
 FREE_SHARE = 4  # a prompt belongs to dev and test if its hash is 0 modulo this
 
 
@@ -353,7 +353,7 @@ def _table_part(ask: _Ask, op: str, kind: str, table: Sequence[tuple[str, str]])
     if op == "value":
         return ask.say(op, a=kind, n=name), f"The {kind} of {name} is {value}."
     if op == "owner":
-        return ask.say(op, a=kind, v=value), f"{name} has the {kind} {value}."
+        return ask.say(op, a=kind, v=value), f"The {kind} {value} belongs to {name}."
     return ask.say(op, a=kind), " ".join(f"{n} has the {kind} {v}." for n, v in table)
 
 
@@ -403,7 +403,7 @@ def _recipe(ask: _Ask) -> _Part:
     adjective = rng.one(("hot", "cold", "sweet", "fresh"))
     text = [f"{rng.one(CUTS)} the {food}." for food in rng.some(foods, len(foods))]
     text += [
-        f"Put {_join(foods)} in the {vessel}.",
+        f"Put {_join(rng.some(foods, len(foods)))} in the {vessel}.",
         rng.one(
             (f"Leave the {vessel} for {minutes} minutes.", f"Cook it for {minutes} minutes in the {vessel}.")
         ),
@@ -441,7 +441,7 @@ def _portrait(ask: _Ask) -> _Part:
     )
     if ask.long:
         thing = rng.one(THINGS)
-        text.append(f"They bring a {thing} to {name} and tell a story about the {thing}.")
+        text.append(f"They found a {thing} and {name} took the {thing} home.")
     tail = " ".join(recap[kind].format(v=value[kind]) for kind in recap if kind in value)
     text.append(
         rng.one(
@@ -468,8 +468,8 @@ def _letter(ask: _Ask) -> _Part:
     ]
     if ask.long:
         guest, gift = rng.other([n for n in NAMES if n != reader], writer), rng.other(THINGS, thing)
-        text.append(f"I asked {guest} to come too and to bring a {gift}.")
-        text.append(f"Tell {guest} about the {dish} and the {gift}.")
+        text.append(f"Call {guest} and bring a {gift} with you.")
+        text.append(f"Give {guest} the {gift} and make {dish}.")
     text += [
         rng.one((f"Do not forget: {place}, {day} at {hour}!", f"So on {day} at {hour} the {dish} is ready.")),
         f"Your {mood} {writer} with the {adjective} {thing}",
@@ -626,7 +626,7 @@ def _record(split: str, index: int, settings: TinyInstruct.Settings) -> Row:
         if row["noisy"]:
             row["output"] = _spoil(rng, family, output)
     elif split == "teacher_train" and rng.chance(settings.prefix):
-        drawn = " ".join(rng.one(words()) for _ in range(1 + rng.below(MAX_PREFIX))) + " "
+        drawn = " ".join(rng.one(words()) for _ in range(rng.one(PREFIX_WORDS))) + " "
         row["prefix"] = re.sub(r" (?=[.,:!?])", "", drawn)
     return row
 
@@ -685,7 +685,7 @@ class TinyInstruct(InstructionTask):
     class Settings(InstructionTask.Settings):
         """What world is made; sizes are numbers of records, lengths are tokens."""
 
-        max_prompt: int = 64  # the longest prompt has about 45
+        max_prompt: int = 64  # the longest prompt has about 50
         max_length: int = 160  # the longest record about 115
         world: int = 1  # seed of the world
         train: int = 4000  # records with noisy references, for student init and distillation
@@ -693,7 +693,7 @@ class TinyInstruct(InstructionTask):
         dev: int = 200
         test: int = 300  # records of each test set
         noise: float = 0.3  # share of `train` with a spoiled reference
-        prefix: float = 0.5  # share of `teacher_train` with 1 to 8 words before the template
+        prefix: float = 0.5  # share of `teacher_train` with 5 to 10 words before the template
 
     def splits(self) -> list[str]:
         return list(SPLITS)
