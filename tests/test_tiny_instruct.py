@@ -107,8 +107,8 @@ def test_template_bytes() -> None:
     )
     assert TASK.prompt({**bare, "input": "lion apple", "prefix": "saw. "}) == (
         "saw. Below is an instruction that describes a task, paired with an input that provides further "
-        "context. Write a response that appropriately completes the request.\n\n### Instruction:\nGive me a story."
-        "\n\n### Input:\nlion apple\n\n### Response:\n"
+        "context. Write a response that appropriately completes the request.\n\n### Instruction:\n"
+        "Give me a story.\n\n### Input:\nlion apple\n\n### Response:\n"
     )
 
 
