@@ -164,7 +164,7 @@ def test_the_board_says_that_budgets_differ(board: Board) -> None:
     assert len({resolved(board, "base", row).training.optimizer_steps for row in METHODS}) > 1
 
 
-# ---------------------------------------------------------------------------------- the path, with tiny models
+# --------------------------------------------------------------------------------- the path, with tiny models
 TINY = """
 [sizes.tiny]
 task_settings = {{ tests = [{sets}], source = "local", max_prompt = 48, max_length = 80 }}
