@@ -339,6 +339,22 @@ def test_the_published_boards_load(monkeypatch: pytest.MonkeyPatch) -> None:
         assert any(row.reference for row in board.rows), "every board shows its teacher and its student init"
 
 
+@pytest.mark.parametrize("name", config.boards())
+def test_every_row_of_the_published_boards_resolves(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the real registry
+    board = load_board(name)
+    for size in board.sizes:
+        for row in board.rows:
+            settings = registry.load_distiller(row.method).Config
+            task = registry.load_task(board.task).Settings
+            for axes in board.axis_values():
+                run = resolve(
+                    board, size, row.name, 1, axes=axes, settings_class=settings, task_settings_class=task
+                )
+                assert run.row == row.name
+                assert RunConfig.from_dict(json.loads(json.dumps(run.to_dict())), "again") == run
+
+
 def test_the_newest_version_is_the_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(config, "leaderboards_dir", lambda: tmp_path / "boards")
     for version in ("v2", "v10", "v1"):

@@ -17,17 +17,7 @@ CHECKOUT = (ROOT / "pyproject.toml").is_file()
 in_checkout = pytest.mark.skipif(not CHECKOUT, reason="needs the checkout")
 
 # What must answer at once: neither torch nor transformers may be imported.
-WITHOUT_TORCH = [
-    "errors",
-    "paths",
-    "strict",
-    "config",
-    "registry",
-    "record",
-    "estimators",
-    "evidence",
-    "board",
-]
+WITHOUT_TORCH = "errors paths strict config registry record evidence estimators board cli __main__".split()
 
 
 @pytest.mark.parametrize("module", WITHOUT_TORCH)
@@ -102,6 +92,17 @@ def test_constraints_pin_every_dependency() -> None:
 
 def _name(distribution: str) -> str:
     return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+@in_checkout
+def test_the_wheel_carries_analyses_boards_and_configs() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    wheel = tomllib.loads(text)["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["packages"] == ["kdbench", "analyses"]
+    for name, target in wheel["force-include"].items():
+        assert (ROOT / name).is_dir()
+        assert target == f"kdbench/_data/{name}"
+    assert set(wheel["force-include"]) == {"leaderboards", "configs"}
 
 
 @in_checkout
