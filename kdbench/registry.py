@@ -29,9 +29,11 @@ _ONE = {"distillers": "method", "tasks": "task", "analyses": "analysis"}
 # Modules of the spine that cannot move a number of a run. Every other module of `kdbench` enters the run id,
 # so that a new one is hashed until somebody says here that it need not be.
 NOT_HASHED = frozenset(
-    "__init__ __main__ board checks cli commands config errors estimators evidence gate jobs paths record "
-    "registry strict".split()
-)
+    ["__init__", "__main__", "board", "checks", "cli", "clock", "commands", "config", "data", "errors",
+     "estimators", "evidence", "gate", "jobs", "paths", "record", "registry", "strict"]
+)  # fmt: skip
+# Modules that make and score a finished run, but train nothing: a trained stage does not depend on them.
+_AFTER_TRAINING = frozenset(["collect", "runner"])
 
 
 def folder(kind: Kind) -> Path:
