@@ -1,0 +1,418 @@
+"""Every registered method keeps the laws of `kdbench.checks`; each law catches a method that breaks it."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from kdbench import checks, registry
+from kdbench.errors import UserError
+
+METHODS = registry.names("distillers")
+PLUGIN = str(Path(__file__).parent / "plugins" / "tempered_kd.py")
+
+
+@pytest.mark.parametrize("law", list(checks.LAWS))
+@pytest.mark.parametrize("method", [*METHODS, PLUGIN], ids=registry.stem)
+def test_method_keeps_law(method: str, law: str) -> None:
+    for result in checks.check(method, only=[law]):
+        assert result.status == "pass", checks.render([result])
+
+
+# ----------------------------------------------------------- settings that break a law and say so
+FAST = [law for law in checks.LAWS if law != "processes"]
+DROPOUT = {"micro_batch", "deterministic", "order"}
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "training", "not_claimed", "hold"),
+    [
+        ("minillm", {"rollout_batches": 2, "inner_epochs": 1}, {}, set(), {"order", "resume", "budget"}),
+        ("minillm", {"whiten": "micro_batch"}, {}, {"micro_batch"}, {"order", "deterministic", "repeatable"}),
+        ("gkd", {"student_fraction": 0.5}, {}, set(), {"rollouts", "resume"}),
+        ("seqkd", {"variant": "hard"}, {}, set(), {"targets", "order"}),
+        ("promptkd", {"teacher_dropout": True}, {}, {*DROPOUT, "frozen_eval"}, {"frozen", "resume"}),
+        ("sft", {}, {"student_dropout": True}, DROPOUT, {"repeatable", "resume"}),
+        ("sft", {}, {"mean": "micro_batch"}, {"micro_batch"}, {"order", "deterministic", "repeatable"}),
+    ],
+    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else None,
+)
+def test_settings_break_what_they_declare(
+    method: str,
+    settings: dict[str, object],
+    training: dict[str, object],
+    not_claimed: set[str],
+    hold: set[str],
+) -> None:
+    tried = sorted(not_claimed | hold)
+    laws = {law.name: law for law in checks.check(method, settings, training=training, only=tried)}
+    told = checks.render(list(laws.values()))
+    assert {name for name, law in laws.items() if law.status == "not claimed"} == not_claimed, told
+    assert {name for name, law in laws.items() if law.status == "pass"} == hold, told
+    assert all(law.reason for law in laws.values() if law.status == "not claimed")
+
+
+def test_two_processes_average_dropout_and_micro_batch_means_apart() -> None:
+    for training in ({"student_dropout": True}, {"mean": "micro_batch"}):
+        (law,) = checks.check("sft", training=training, only=["processes"])
+        assert (law.status, law.reason) == ("not claimed", "follows from micro_batch")
+
+
+# ----------------------------------------------------------------------- methods that break a law
+HEAD = '''
+"""A method that is wrong on purpose."""
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from kdbench.distiller import Batch, Distiller, Group, Store, target_mask, token_mean
+from kdbench.losses import cross_entropy, forward_kl
+from kdbench.predict import predict
+from kdbench.rollout import rollout
+
+
+class Wrong(Distiller):
+'''
+
+PLAIN = """
+def loss(self, batch, step):
+    return token_mean(cross_entropy(predict(self.student, batch)), batch)
+"""
+
+
+def plugin(folder: Path, body: str, *, init: str = "", plain: bool = True) -> str:
+    """Write a method with these members and return its path; `init` follows the constructor of the base."""
+    parts = [PLAIN] if plain else []
+    if init:
+        head = "def __init__(self, cfg, student, teacher):\n    super().__init__(cfg, student, teacher)\n"
+        parts.append(head + textwrap.indent(textwrap.dedent(init), "    "))
+    parts.append(textwrap.dedent(body))
+    path = folder / "wrong.py"
+    path.write_text(HEAD + textwrap.indent("\n".join(parts), "    "))
+    return str(path)
+
+
+BROKEN: dict[str, tuple[set[str], dict[str, str]]] = {
+    "loss_averaged_per_micro_batch": (
+        {"micro_batch"},
+        {
+            "body": """
+            def loss(self, batch, step):
+                return cross_entropy(predict(self.student, batch)).mean()
+            """
+        },
+    ),
+    "end_of_sequence_dropped_with_padding": (
+        {"targets"},
+        {
+            "body": """
+            def loss(self, batch, step):
+                q = predict(self.student, batch)
+                return token_mean(cross_entropy(q) * (q.targets != 0), batch)
+            """
+        },
+    ),
+    "loss_sees_padding": (
+        {"padding"},
+        {
+            "body": """
+            def loss(self, batch, step):
+                q = predict(self.student, batch)
+                mask = target_mask(batch)
+                past = (~mask & (batch["input_ids"][:, 1:] > 0)).sum(1)
+                return token_mean(cross_entropy(q) * (1 + past.repeat_interleave(mask.sum(1))), batch)
+            """
+        },
+    ),
+    "rows_weighed_by_their_place": (
+        {"order"},
+        {
+            "body": """
+            couples_examples = True
+
+            def loss(self, batch, step):
+                place = torch.arange(1.0, batch.size + 1, dtype=torch.float64)
+                weight = place.repeat_interleave(target_mask(batch).sum(1))
+                return token_mean(cross_entropy(predict(self.student, batch)) * weight, batch)
+            """
+        },
+    ),
+    "rollouts_from_the_global_stream": (
+        {"rollouts"},
+        {
+            "body": """
+            def train_step(self, batch, step):
+                ids, start = batch["input_ids"], batch["prompt_length"]
+                ids = torch.cat([ids, ids.new_zeros(len(ids), 4)], 1)
+                sampled = torch.randint(1, 50, (len(ids), 4))
+                ids = ids.scatter(1, start[:, None] + torch.arange(4), sampled)
+                step.update("student", self.loss, batch.replace(input_ids=ids, length=start + 4))
+            """
+        },
+    ),
+    "noise_in_the_loss": (
+        {"deterministic", "order"},
+        {
+            "body": """
+            def loss(self, batch, step):
+                values = cross_entropy(predict(self.student, batch))
+                return token_mean(values * torch.rand_like(values), batch)
+            """
+        },
+    ),
+    "numbers_from_an_unseeded_stream": (
+        {"repeatable", "resume", "deterministic", "micro_batch", "order", "padding", "rollouts"},
+        {
+            "body": """
+            def loss(self, batch, step):
+                return random.random() * token_mean(cross_entropy(predict(self.student, batch)), batch)
+            """
+        },
+    ),
+    "gradient_into_another_group": (
+        {"isolated"},
+        {
+            "init": "self.scale = nn.Parameter(torch.ones(()))",
+            "body": """
+            def groups(self):
+                return {
+                    "student": Group(self.student.named_parameters(prefix="student")),
+                    "scale": Group([("scale", self.scale)]),
+                }
+
+            def train_step(self, batch, step):
+                step.update("scale", self.scaled, batch)
+                self.scale.grad = None
+                step.update("student", self.scaled, batch)
+                self.scale.grad = None
+
+            def scaled(self, batch, step):
+                self.scale.requires_grad_(True)
+                return self.scale * token_mean(cross_entropy(predict(self.student, batch)), batch)
+            """,
+        },
+    ),
+    "weights_changed_by_hand": (
+        {"isolated"},
+        {
+            "body": """
+            def train_step(self, batch, step):
+                step.update("student", self.loss, batch)
+                with torch.no_grad():
+                    self.student.transformer.ln_f.weight.mul_(0.9)
+            """
+        },
+    ),
+    "gradient_made_by_hand": (
+        {"isolated"},
+        {
+            "body": """
+            def train_step(self, batch, step):
+                self.loss(batch.rows([0]), step).backward()
+                step.update("student", self.loss, batch)
+            """
+        },
+    ),
+    "teacher_changed": (
+        {"frozen", "resume"},
+        {
+            "body": """
+            def train_step(self, batch, step):
+                step.update("student", self.loss, batch)
+                with torch.no_grad():
+                    self.teacher.transformer.ln_f.weight.mul_(0.9)
+            """
+        },
+    ),
+    "teacher_in_train_mode": (
+        {"frozen_eval", "deterministic", "micro_batch", "order"},
+        {
+            "body": """
+            def loss(self, batch, step):
+                self.teacher.train()
+                with torch.no_grad():
+                    p = predict(self.teacher, batch)
+                return token_mean(forward_kl(predict(self.student, batch), p), batch)
+            """
+        },
+    ),
+    "parameter_in_no_group": (
+        {"groups"},
+        {
+            "init": "self.extra = nn.Linear(3, 3)",
+            "body": """
+            def groups(self):
+                return {"student": Group(self.student.named_parameters())}
+            """,
+        },
+    ),
+    "parameter_in_two_groups": (
+        {"groups"},
+        {
+            "body": """
+            def groups(self):
+                return {name: Group(list(self.student.named_parameters())) for name in ("student", "twice")}
+            """
+        },
+    ),
+    "module_hidden_in_a_list": ({"groups"}, {"init": "self.probes = [nn.Linear(3, 3)]", "body": ""}),
+    "no_group_for_the_student": (
+        {"groups"},
+        {"body": "def groups(self):\n    return {'model': Group(self.student.named_parameters())}"},
+    ),
+    "student_never_updated": (
+        {"moves", "repeatable", "budget"},
+        {"body": "def train_step(self, batch, step):\n    self.loss(batch, step)"},
+    ),
+    "group_never_updated": (
+        {"moves"},
+        {
+            "init": "self.probe = nn.Linear(3, 3)",
+            "body": """
+            def groups(self):
+                return {
+                    "student": Group(self.student.named_parameters(prefix="student")),
+                    "probe": Group(self.probe.named_parameters(prefix="probe")),
+                }
+            """,
+        },
+    ),
+    "counter_that_is_not_saved": (
+        {"resume"},
+        {
+            "init": "self.visits = 0",
+            "body": """
+            def train_step(self, batch, step):
+                self.visits += 1
+                step.update("student", lambda b, s: self.loss(b, s) / self.visits, batch)
+            """,
+        },
+    ),
+    "rows_kept_in_a_list": (
+        {"resume"},
+        {
+            "init": "self.kept = []",
+            "body": """
+            def train_step(self, batch, step):
+                self.kept.append(batch)
+                step.update("student", self.loss, self.kept[0])
+            """,
+        },
+    ),
+    "iterator_that_is_not_saved": (
+        {"resume"},
+        {
+            "init": "self.weights = iter(range(1, 1000))",
+            "body": """
+            def train_step(self, batch, step):
+                weight = next(self.weights)
+                step.update("student", lambda b, s: weight * self.loss(b, s), batch)
+            """,
+        },
+    ),
+    "half_of_the_batch": (
+        {"budget"},
+        {
+            "body": """
+            def train_step(self, batch, step):
+                step.update("student", self.loss, batch.rows([0, 1]))
+            """
+        },
+    ),
+    "predictor_with_a_hook": (
+        {"saved"},
+        {
+            "init": "self.student.register_forward_hook(lambda m, i, o: type(o)(logits=2 * o.logits))",
+            "body": "",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(BROKEN))
+def test_law_catches(name: str, tmp_path: Path) -> None:
+    expected, parts = BROKEN[name]
+    laws = checks.check(plugin(tmp_path, **parts), only=FAST)
+    assert {law.name for law in laws if law.status == "fail"} == expected, checks.render(laws)
+
+
+def test_processes_catches_sums_of_one_process(tmp_path: Path) -> None:
+    body = """
+    def train_step(self, batch, step):
+        own = batch.counts().tokens
+        step.update("student", lambda b, s: own * self.loss(b, s), batch)
+    """
+    (law,) = checks.check(plugin(tmp_path, body), only=["processes"])
+    assert law.status == "fail"
+    assert law.reason.startswith("5 rows on 2 processes: update 1, the gradient of 'student' differs by ")
+
+
+# ---------------------------------------------------------------------------- what the check says
+@pytest.mark.parametrize(
+    ("body", "law", "reason"),
+    [
+        ("needs = ('example_id', 'label')", "roles", "needs label; batches of causal_lm hold example_id, "),
+        ("head = 'sound'", "roles", "checks know no models with the head 'sound'. Known: causal_lm"),
+        (
+            "def __init__(self, cfg, student):\n    raise OSError('no\\n file')",
+            "roles",
+            "OSError: no file (wrong.py:18)",
+        ),
+        (
+            "def train_step(self, batch, step):\n    batch['label']",
+            "fields",
+            "KeyError: 'label' (wrong.py:22)",
+        ),
+        (
+            "def prepare(self, data, step):\n    return {'dev': next(data.batches('dev'))}",
+            "fields",
+            "prepare may return 'train' only, not dev",
+        ),
+        (
+            "def prepare(self, data, step):\n    step.update('student', self.loss, None)",
+            "fields",
+            "ValueError: prepare may not update the group 'student': the budget counts its updates (wrong.",
+        ),
+        (
+            "def breaks(self):\n    return {'order': 'it says so'}",
+            "order",
+            "declared broken (it says so), but it holds",
+        ),
+    ],
+)
+def test_reason_names_what_is_wrong(body: str, law: str, reason: str, tmp_path: Path) -> None:
+    laws = checks.check(plugin(tmp_path, body, plain="__init__" not in body), only=["order"])
+    assert [(found.name, found.status) for found in laws] == [(law, "fail")]
+    assert laws[0].reason.startswith(reason)
+
+
+def test_counter_is_named(tmp_path: Path) -> None:
+    (law,) = checks.check(plugin(tmp_path, **BROKEN["counter_that_is_not_saved"][1]), only=["resume"])
+    assert law.reason.startswith("a kill after visit 1 loses self.visits; ")
+
+
+def test_wrong_input_is_the_users_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no law 'micro_bacth'. Did you mean 'micro_batch'"):
+        checks.check("sft", only=["micro_bacth"])
+    with pytest.raises(UserError, match="no method 'sftt'"):
+        checks.check("sftt")
+    with pytest.raises(UserError, match="no setting 'kd_ration'. Did you mean 'kd_ratio'"):
+        checks.check("kd", {"kd_ration": 1.0})
+    with pytest.raises(UserError, match="breaks..: no law 'microbatch'"):
+        checks.check(plugin(tmp_path, "def breaks(self):\n    return {'microbatch': 'so'}"))
+
+
+def test_lines_are_aligned() -> None:
+    laws = [
+        checks.Law("roles", "pass", "", 0.04),
+        checks.Law("micro_batch", "not claimed", "dropout masks follow the cut", 12.34),
+    ]
+    assert checks.render(laws).splitlines() == [
+        "roles        pass           0.0 s",
+        "micro_batch  not claimed   12.3 s  dropout masks follow the cut",
+    ]
