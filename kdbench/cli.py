@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kdbench.stages import Places
 
 DEFAULT_BOARD = "tiny-instruct/v1"
+STOPPED = 130
 
 app = typer.Typer(
     add_completion=False,
@@ -475,13 +476,15 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         if not args[0].startswith("-") and args[0] not in (known := _command_names()):
             raise unknown("command", args[0], known)
-        code = app(args=args, prog_name="kdbench", standalone_mode=False)
-        return int(code or 0)
+        code = int(app(args=args, prog_name="kdbench", standalone_mode=False) or 0)
+        if code == STOPPED:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
+        return code
     except UserError as error:
         _err(f"kdbench: {error}")
     except (KeyboardInterrupt, typer.Abort):
         _err("kdbench: stopped; what is done is kept, the same command goes on from there")
-        return 130
+        return STOPPED
     except BrokenPipeError:  # `kdbench report | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kdbench.stages import Places
 
 TRACKERS = ("tensorboard", "wandb")
+TRACKER = "KDBENCH_TRACKER"  # the variable that a run reads it from
 
 
 # ------------------------------------------------------------------------------------------------ what to run
@@ -129,7 +130,7 @@ def check_track(name: str | None) -> None:
     from kdbench.runner import check_tracker
 
     check_tracker(name)
-    os.environ["KDBENCH_TRACKER"] = name  # children inherit it
+    os.environ[TRACKER] = name
 
 
 # ------------------------------------------------------------------------------------------ what it will cost

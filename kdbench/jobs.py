@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
 from kdbench import registry
-from kdbench.commands import silence
+from kdbench.commands import TRACKER, silence
 from kdbench.config import stage_training
 from kdbench.errors import UserError
 
@@ -218,7 +218,7 @@ class Workers:
         receiver, sender = self._context.Pipe(duplex=False)
         places = job.plan.places
         fresh = type(places)(places.runs, places.cache, places.data_root, places.progress)
-        told = (job.plan.run, fresh, job.label, job.role, job.count)
+        told = (job.plan.run, fresh, job.label, job.role, job.count, os.environ.get(TRACKER, ""))
         args = (sender, told, slot if self.live else None, self._lock)
         process = self._context.Process(target=_child, args=args, name=job.label)
         process.start()
@@ -237,7 +237,7 @@ def _child(sender: Connection, told: tuple[Any, ...], slot: int | None, lock: An
     """One job in a fresh process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process when it is told to stop
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    run, places, label, role, count = told
+    run, places, label, role, count, os.environ[TRACKER] = told
     silence()
     _bars(label, slot, lock)
     from kdbench.runner import Plan

@@ -1,0 +1,476 @@
+"""The command line: what it prints, its exit codes, and one clear line for every mistake of the user."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+from kdbench import cli
+from kdbench.commands import find_run, rows_of
+from kdbench.config import load_board
+from kdbench.errors import UserError
+from kdbench.paths import leaderboards_dir
+from kdbench.record import RunFolder, load
+
+TINY = leaderboards_dir() / "tiny-instruct" / "v1" / "board.toml"
+PLUGIN = Path(__file__).parent / "plugins" / "tempered_kd.py"
+
+
+def call(*args: str | Path) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of one command in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli.main([str(arg) for arg in args])
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A working directory with a cache of its own."""
+    folder = tmp_path_factory.mktemp("cli")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("KDBENCH_CACHE", str(folder / "cache"))
+        patch.delenv("KDBENCH_DATA_ROOT", raising=False)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def ran(here: Path) -> tuple[int, str, str]:
+    """What `run` says for two methods of the debug size."""
+    return call("run", "sft", PLUGIN, "--size", "debug", "--seeds", "1", "--jobs", "2")
+
+
+def folders(here: Path) -> dict[str, RunFolder]:
+    """The runs by row."""
+    found = [RunFolder(path.parent) for path in here.glob("runs/tiny-instruct/v1/*/record.json")]
+    return {folder.record.row: folder for folder in found}
+
+
+# -------------------------------------------------------------------------------------------------------- run
+def test_run_ends_with_the_table_of_what_it_ran(ran: tuple[int, str, str], here: Path) -> None:
+    code, out, err = ran
+    assert code == 0, err
+    assert set(folders(here)) == {"teacher", "student-init", "sft", "tempered_kd"}
+    for title in ("Teacher (reference, local)", "SFT (local)", "tempered_kd (local)", "ROUGE-L"):
+        assert title in out
+    assert "4 runs, 0 of them finished already" in err
+    assert err.count("stage teacher-sft seed 0: done") == 1
+    assert "sft seed 1: done in" in err
+    assert "Loading weights" not in out + err
+
+
+def test_finished_runs_are_not_repeated(ran: tuple[int, str, str], here: Path) -> None:
+    before = {row: (folder.path / "record.json").stat().st_mtime_ns for row, folder in folders(here).items()}
+    code, out, err = call("run", "sft", PLUGIN, "--size", "debug", "--seeds", "1")
+    assert code == 0
+    assert "4 of them finished already" in err
+    assert "SFT (local)" in out
+    after = {row: (folder.path / "record.json").stat().st_mtime_ns for row, folder in folders(here).items()}
+    assert before == after
+
+
+def test_a_setting_that_changes_nothing_is_no_new_run(ran: tuple[int, str, str], here: Path) -> None:
+    same = ("--set", "tempered_kd.temperature=2", "--set", "training.lr=1e-3")
+    _, out, _ = call("run", PLUGIN, "--size", "debug", "--seeds", "1", "--dry-run", *same)
+    assert re.search(r"tempered_kd seed 1 .* finished", out)
+
+
+def test_dry_run_tells_runs_steps_disk_and_time_and_does_nothing(
+    ran: tuple[int, str, str], here: Path
+) -> None:
+    before = sorted(here.rglob("*"))
+    code, out, _ = call("run", "sft", "gkd", "--size", "debug", "--seeds", "1,2", "--dry-run")
+    assert code == 0
+    assert sorted(path for path in here.rglob("*") if path.suffix != ".lock") == [
+        path for path in before if path.suffix != ".lock"
+    ]
+    lines = {line[:27].strip(): line[27:].split() for line in out.splitlines()}
+    assert lines["stage student-init seed 2"][1:4] == ["4", "to", "train"]
+    assert lines["sft seed 1"][1:] == ["4", "finished"]
+    assert lines["sft seed 2"][1:4] == ["4", "to", "run"]
+    assert lines["sft seed 2"][-1] == "s", "the time of a like run is known"
+    assert lines["gkd seed 2"][-1] == "unknown"
+    assert "stage teacher-sft seed 0" not in lines, "it is trained already"
+    assert "Left to do: 6" in out
+
+
+def test_diverged_is_a_row_and_exit_code_1(ran: tuple[int, str, str], here: Path) -> None:
+    code, out, err = call(
+        "run", "sft", "--size", "debug", "--seeds", "1", "--set", "training.lr=1e38",
+        "--set", "training.grad_clip=none", "--runs", "diverged",
+    )  # fmt: skip
+    assert code == 1
+    assert "diverged" in out
+    assert re.search(r"sft\[.*\] seed 1: diverged in .*update", err)
+
+
+def test_a_method_that_raises_is_a_failed_row_and_exit_code_1(ran: tuple[int, str, str], here: Path) -> None:
+    first = "        q = predict"
+    text = PLUGIN.read_text().replace(first, f"        raise RuntimeError('mine')\n{first}")
+    (here / "raises.py").write_text(text)
+    code, out, err = call("run", "raises.py", "--size", "debug", "--seeds", "1")
+    assert code == 1
+    assert "RuntimeError: mine (raises.py:" in out
+    assert "1 failed" in out
+    assert "Traceback" not in err
+    for path in here.glob("runs/tiny-instruct/v1/*/record.json"):
+        if load(path).row == "raises":
+            path.unlink()
+
+
+def test_rows_of() -> None:
+    board = load_board("tiny-instruct/v1")
+    names = [row.name for row in board.rows]
+    assert rows_of(board, []) == rows_of(board, ["all"]) == names
+    assert rows_of(board, ["kd", "my.py"]) == ["teacher", "student-init", "kd", "my.py"]
+    assert rows_of(board, ["my.py", "all"]) == [*names, "my.py"]
+
+
+# ----------------------------------------------------------------------------------------------- reading runs
+def test_report_formats(ran: tuple[int, str, str], here: Path) -> None:
+    for format in ("table", "markdown", "csv"):
+        code, out, _ = call("report", "--size", "debug", "--format", format)
+        assert code == 0
+        assert "SFT" in out
+    _, out, _ = call("report", "tiny-instruct", "--size", "debug", "--format", "json")
+    assert {"sft", "tempered_kd"} <= {row["name"] for row in json.loads(out)["rows"]}
+
+
+def test_a_record_that_does_not_fit_is_named_and_left_out(ran: tuple[int, str, str], here: Path) -> None:
+    broken = here / "runs" / "tiny-instruct" / "v1" / "000000000000" / "record.json"
+    broken.parent.mkdir()
+    data = json.loads((folders(here)["sft"].path / "record.json").read_text())
+    del data["seed"]
+    broken.write_text(json.dumps(data))
+    code, out, _ = call("report", "--size", "debug")
+    broken.unlink()
+    broken.parent.rmdir()
+    assert code == 0
+    assert "'seed' is missing" in out
+    assert "000000000000" in out
+    assert "SFT (local)" in out
+
+
+def test_show(ran: tuple[int, str, str], here: Path) -> None:
+    run = folders(here)["sft"]
+    code, out, _ = call("show", run.record.run_id[:8], "--set", "long", "--n", "2")
+    assert code == 0
+    assert out.count("example ") == 2
+    first = run.outputs("long")[0]
+    assert str(first["example_id"]) in out
+    assert first["references"][0].split()[0] in out
+    assert "rouge_l" in out
+    code, out, _ = call("show", "sft", "--against", "tempered_kd", "--n", "1")
+    assert code == 0
+    assert out.count("response: rouge_l") == 2
+
+
+def test_find_run(ran: tuple[int, str, str], here: Path) -> None:
+    runs, sft = here / "runs", folders(here)["sft"]
+    for name in (sft.record.run_id, sft.record.run_id[:9], "sft", str(sft.path)):
+        assert find_run(name, runs).path.resolve() == sft.path.resolve()
+    with pytest.raises(UserError, match="several begin so"):
+        find_run("", runs)
+    with pytest.raises(UserError, match="Did you mean 'sft'"):
+        find_run("stf", runs)
+    with pytest.raises(UserError, match="there are no runs"):
+        find_run("sft", here / "nowhere")
+
+
+def test_analyze_puts_scores_back(ran: tuple[int, str, str], here: Path) -> None:
+    run = folders(here)["sft"]
+    before = run.record.scores
+    code, out, err = call("analyze", "sft", "--analysis", "instruction_following")
+    assert code == 0, err
+    assert "instruction_following/rouge_l" in out
+    assert run.record.scores == before
+
+
+def test_publish_says_why_not(ran: tuple[int, str, str], here: Path) -> None:
+    code, _, err = call("publish", "sft")
+    assert code == 2
+    assert "publishes 'full'" in err
+
+
+def test_student_loads_with_from_pretrained(ran: tuple[int, str, str], here: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = folders(here)["sft"].path / "student"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = AutoTokenizer.from_pretrained(folder)("Write two words.", return_tensors="pt")
+    assert model(**ids).logits.shape[-1] == model.config.vocab_size
+
+
+def test_the_student_of_a_run_is_a_model(ran: tuple[int, str, str], here: Path) -> None:
+    run_id = folders(here)["sft"].record.run_id
+    text = TINY.read_text().replace(
+        '[sizes.debug.roles.student]\nmodel = "tiny/student"\n',
+        f'[sizes.debug.roles.student]\nmodel = "run:{run_id}"\n',
+    )
+    assert run_id in text
+    (here / "further.toml").write_text(text)
+    code, out, err = call(*"run sft --board further.toml --size debug --seeds 1 --dry-run".split())
+    assert code == 0, err
+    assert re.search(r"sft seed 1 .*to run", out)
+
+
+# ------------------------------------------------------------------------------------------------------ lists
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        ("methods", r"promptkd +\S.*prompt"),
+        ("boards", r"tiny-instruct/v1 +.*sizes: full, debug"),
+        ("tasks", r"tiny_instruct +\S"),
+        ("analyses", r"exposure_bias +\S"),
+        ("models", r"tiny/student +\S"),
+        ("data", r"dolly: https://"),
+    ],
+)
+def test_list(kind: str, line: str) -> None:
+    code, out, _ = call("list", kind)
+    assert code == 0
+    assert re.search(line, out)
+
+
+def test_list_data_says_what_a_folder_lacks(tmp_path: Path) -> None:
+    _, out, _ = call("list", "data", "--data-root", tmp_path)
+    assert re.search(r"train +lacking", out)
+    assert re.search(r"[0-9a-f]{64}", out)
+
+
+# ------------------------------------------------------------------------------------------------------ check
+def test_check_names_the_laws() -> None:
+    laws = ("--law", "roles", "--law", "moves")
+    code, out, err = call("check", PLUGIN, *laws, "--set", "tempered_kd.temperature=3")
+    assert code == 0, err
+    assert re.search(r"roles +pass", out)
+    assert re.search(r"moves +pass", out)
+
+
+def test_check_fails_with_exit_code_1(tmp_path: Path) -> None:
+    right, wrong = "return self.cfg.temperature**2 * token_mean(kl, batch)", "return kl.mean()"
+    text = PLUGIN.read_text().replace(right, wrong)
+    (tmp_path / "tempered_kd.py").write_text(text)
+    code, out, _ = call("check", tmp_path / "tempered_kd.py", "--law", "micro_batch")
+    assert code == 1
+    assert re.search(r"micro_batch +fail", out)
+
+
+# --------------------------------------------------------------------------------------- mistakes of the user
+MISTAKES: list[tuple[str, str]] = [
+    ("runn", "no command 'runn'. Did you mean 'run'?"),
+    ("run --sizee debug", "No such option"),
+    ("run promtkd", "Did you mean 'promptkd'?"),
+    ("run sft --board tiny-instruc/v1", "Did you mean 'tiny-instruct/v1'?"),
+    ("report tiny-instruct/v9", "Known: tiny-instruct/v1"),
+    ("run sft --size fulll", "Did you mean 'full'?"),
+    ("report --size fulll", "Did you mean 'full'?"),
+    ("report --format tabel", "Did you mean 'table'?"),
+    ("run sft --seeds one", "whole numbers"),
+    ("run sft --jobs 0", "--jobs"),
+    ("run sft --device tpu --size debug", "no device 'tpu'"),
+    ("run sft --track mlflow --size debug", "no tracker 'mlflow'"),
+    ("run promptkd --set promptkd.promt_length=3", "Did you mean 'prompt_length'?"),
+    ("run promptkd --set promtkd.prompt_length=3", "Did you mean 'promptkd'?"),
+    ("run promptkd --set promptkd.prompt_length=many", "prompt_length: expected a whole number"),
+    ("run sft --set training.lr=fast", "training.lr: expected a number"),
+    ("run sft --set training.optimizer_steps=7", "budgets = 'equal'"),
+    ("run sft --set task.trainn=7", "Did you mean"),
+    ("run sft --set nonsense", "section.key=value"),
+    ("run missing.py", "missing.py: there is no such file"),
+    ("run empty.py", "defines none"),
+    ("run broken.py", "broken.py:3: ZeroDivisionError: division by zero"),
+    ("run syntax.py", "syntax.py:1: SyntaxError"),
+    ("run sft --board type.toml", "sizes.debug.training.lr: expected a number, given \"fast\""),
+    ("run sft --board key.toml", "no setting 'learning_rate'"),
+    ("run sft --board analysis.toml", "Did you mean 'exposure_bias'?"),
+    ("run sft --board task.toml", "Did you mean 'tiny_instruct'?"),
+    ("run sft --board torn.toml", "is not TOML"),
+    ("run sft --size debug --data-root nowhere", "nowhere: there is no such folder"),
+    ("run sft --size debug --runs a-file/runs", "cannot be written"),
+    ("run sft --board instruct.toml", "--data-root"),
+    ("run sft --board instruct.toml --data-root void", "void"),
+    ("run sft --board lines.toml --set task.train=empty.jsonl", "empty.jsonl: is empty"),
+    ("run sft --board lines.toml --set task.train=torn.jsonl", "torn.jsonl:2: is not JSON"),
+    ("run sft --board lines.toml --set task.train=lacks.jsonl", "lacks.jsonl:2: lacks the field 'output'"),
+    ("run sft --board lines.toml --set task.train=none.jsonl", "none.jsonl"),
+    ("run sft --board weightless.toml", "has no weights"),
+    ("run kd --board vocabularies.toml", "student has 40 tokens (model vocabulary 40), teacher has 3"),
+    ("show nothing", "there are no runs"),
+    ("analyze nothing", "there are no runs"),
+    ("publish nothing", "there are no runs"),
+    ("list method", "Did you mean 'methods'?"),
+    ("list data --data-root nowhere", "nowhere: there is no such folder"),
+    ("check promtkd", "Did you mean 'promptkd'?"),
+    ("check promptkd --law micro_bacth", "Did you mean 'micro_batch'?"),
+    ("check promptkd --set promptkd.promt_length=3", "Did you mean 'prompt_length'?"),
+    ("tune tiny-instruc", "Did you mean"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Iterator[Path]:
+    """A folder with one file for each mistake."""
+    folder = tmp_path_factory.mktemp("bad")
+    write_mistakes(folder, tiny_tokenizer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("KDBENCH_CACHE", str(folder / "cache"))
+        patch.delenv("KDBENCH_DATA_ROOT", raising=False)
+        yield folder
+
+
+def write_mistakes(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Boards, plug-ins, data and models, each with one thing wrong."""
+    text = TINY.read_text()
+
+    def board(name: str, *changes: tuple[str, str]) -> None:
+        changed = text
+        for old, new in changes:
+            assert old in changed, old
+            changed = changed.replace(old, new)
+        (folder / name).write_text(changed)
+
+    debug = "[sizes.debug.training]\n"
+    before, after = text.split(debug)
+    (folder / "type.toml").write_text(before + debug + after.replace("lr = 1e-3", 'lr = "fast"', 1))
+    board("key.toml", (debug, debug + "learning_rate = 1\n"))
+    board("analysis.toml", ('"exposure_bias"', '"exposure_bais"'))
+    board("task.toml", ('task = "tiny_instruct"', 'task = "tiny_instuct"'))
+    (folder / "torn.toml").write_text("name = [")
+    size = """
+[sizes.full.training]
+optimizer_steps = 2
+batch_size = 2
+lr = 1e-3
+max_new_tokens = 4
+
+[sizes.full.evaluation]
+decode = { max_new_tokens = 4 }
+
+[[rows]]
+name = "sft"
+method = "sft"
+
+[[rows]]
+name = "kd"
+method = "kd"
+
+[[columns]]
+score = "instruction_following/rouge_l"
+title = "ROUGE-L"
+"""
+    head = 'name = "mine"\nversion = "v1"\nquestion = "?"\ntask = "instruct"\nseeds = [1]\nanalyses = []\n'
+    settings = '[task_settings]\nmax_prompt = 40\nmax_length = 56\nsource = "{}"\n'
+    names = 'train = "dolly"\ndev = "dolly"\ntests = ["dolly"]\n'
+    files = 'train = "good.jsonl"\ndev = "good.jsonl"\ntests = ["good.jsonl"]\n'
+    roles = '[roles.student]\nmodel = "{}"\n[roles.teacher]\nmodel = "{}"\n'
+    for name, told in (
+        ("instruct.toml", settings.format("local") + names + roles.format("./small", "./small")),
+        ("lines.toml", settings.format("auto") + files + roles.format("./small", "./small")),
+        ("weightless.toml", settings.format("auto") + files + roles.format("./weightless", "./small")),
+        ("vocabularies.toml", settings.format("auto") + files + roles.format("./small", "./other")),
+    ):
+        (folder / name).write_text(head + told + size)
+    good = json.dumps({"instruction": "say one", "input": "", "output": "one"})
+    (folder / "good.jsonl").write_text(f"{good}\n" * 20)
+    (folder / "empty.jsonl").write_text("")
+    (folder / "torn.jsonl").write_text(f'{good}\n{{"instruction": \n')
+    (folder / "lacks.jsonl").write_text(f'{good}\n{{"instruction": "say one"}}\n')
+    (folder / "void").mkdir()
+    (folder / "a-file").write_text("")
+    (folder / "empty.py").write_text("x = 1\n")
+    (folder / "broken.py").write_text("x = 1\n\ny = x / 0\n")
+    (folder / "syntax.py").write_text("def (\n")
+    save_model(folder / "small", tokenizer)
+    save_model(folder / "weightless", tokenizer)
+    (folder / "weightless" / "model.safetensors").unlink()
+    words = Tokenizer(WordLevel({"<eos>": 0, "<unk>": 1, "other": 2}, unk_token="<unk>"))
+    other = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>")
+    save_model(folder / "other", other)
+
+
+def save_model(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A random GPT-2 for the tokenizer, as the hub would give it."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    size = len(tokenizer)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=size, n_positions=64, n_embd=8, n_layer=1, n_head=1))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(("command", "part"), MISTAKES, ids=[command for command, _ in MISTAKES])
+def test_a_mistake_gets_one_line_and_exit_code_2(
+    bad: Path, monkeypatch: pytest.MonkeyPatch, command: str, part: str
+) -> None:
+    import kdbench.models
+
+    def no_weights(*args: Any, **named: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(kdbench.models, "load_model", no_weights)
+    code, out, err = call(*command.split())
+    assert (code, out) == (2, ""), err
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("kdbench: ")
+    assert part in lines[0]
+    assert not (bad / "runs").exists()
+
+
+# ---------------------------------------------------------------------------------------- processes and speed
+def started(*args: str, folder: Path, **env: str) -> "subprocess.CompletedProcess[str]":
+    told = {**os.environ, **env}
+    command = [sys.executable, *args]
+    return subprocess.run(command, cwd=folder, env=told, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("command", ["report", "--help", "run --help", "list methods", "list boards"])
+def test_answers_at_once_and_without_torch(command: str, ran: tuple[int, str, str], here: Path) -> None:
+    """Processor time rather than wall-clock time, which a busy machine stretches; nothing here waits."""
+    code = (
+        "import resource, sys; from kdbench.cli import main; "
+        f"code = main({command.split()!r}); used = resource.getrusage(resource.RUSAGE_SELF); "
+        "print(code, 'torch' in sys.modules, used.ru_utime + used.ru_stime, file=sys.stderr)"
+    )
+    found = [started("-c", code, folder=here).stderr.split()[-3:] for _ in range(3)]
+    assert all(one[:2] == ["0", "False"] for one in found)
+    assert min(float(one[2]) for one in found) < 0.5
+
+
+def test_module_and_exit_code(here: Path) -> None:
+    done = started("-m", "kdbench", "run", "promtkd", folder=here)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("kdbench: no method 'promtkd'. Did you mean 'promptkd'?")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_closed_pipe_is_no_error(here: Path) -> None:
+    script = f"{sys.executable} -m kdbench list data | head -1"
+    done = subprocess.run(["bash", "-c", script], cwd=here, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+
+
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*args: Any, **named: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.boards, "report", stop)
+    code, out, err = call("report")
+    assert code == 130
+    assert out == ""
+    assert err.splitlines() == ["kdbench: stopped; what is done is kept, the same command goes on from there"]
