@@ -21,6 +21,7 @@ from kdbench.checkpoint import Checkpoints
 from kdbench.clock import Clock, phase, running
 from kdbench.config import TrainingConfig
 from kdbench.distiller import Batch, Distiller, Group, Parts, Store, Totals
+from kdbench.errors import UserError
 from kdbench.processes import Processes
 from kdbench.streams import generator, stream_seed, uniform
 
@@ -33,8 +34,8 @@ class Diverged(Exception):
     """A loss or a gradient that is not finite."""
 
 
-class _BudgetSpent(Exception):
-    """Ends a visit when the last student update was made."""
+class _BudgetSpent(BaseException):
+    """Ends a visit when the last student update was made; no `except Exception` of a method stops it."""
 
 
 class Source(Protocol):
@@ -157,7 +158,7 @@ class Trainer:
         Raises: ValueError when a trainable parameter is in no group or in two.
         """
         self.distiller, self.source, self.training, self.seed = distiller, source, training, seed
-        self.processes = processes or Processes(solo=True)
+        self.processes = processes or Processes(precision=training.precision, solo=True)
         self.extras = dict(extras or {})
         self.folder, self.milestones, self.recorder, self.track = folder, milestones, recorder, track
         self.clock = clock or Clock()
@@ -201,7 +202,9 @@ class Trainer:
         return generator(self.seed, "method/" + name, self.visit)
 
     def all_sum(self, value: Tensor) -> Tensor:
-        """The sum of `value` over processes."""
+        """The sum of `value` over processes. Raises: ValueError inside a loss that is cut."""
+        if self._group and not self.distiller.couples_examples:
+            raise ValueError("all_sum inside a loss would sum micro-batches; call it in train_step")
         return self.processes.all_sum(value)
 
     def count(self, name: str, amount: float) -> None:
@@ -231,6 +234,8 @@ class Trainer:
             raise ValueError(f"update: no group '{group}'. Known: {', '.join(self.optimizers)}")
         if self._preparing and group == "student":
             raise ValueError("prepare may not update the group 'student': the budget counts its updates")
+        if self.updates >= self.total:
+            raise _BudgetSpent
         optimizer = self.optimizers[group]
         with phase("update"):
             for name, other in self.optimizers.items():
@@ -259,7 +264,10 @@ class Trainer:
         totals = {name: self._whole(part) for name, part in parts.items()}
         size = max(part.size for part in parts.values())
         pieces = 1 if self.distiller.couples_examples else math.ceil(size / self.micro_batch)
-        cuts = {name: _by_length(part).tensor_split(max(pieces, 1)) for name, part in parts.items()}
+        orders: dict[int, Tensor] = {}  # rows of parts with as many rows may belong together: cut them alike
+        for part in parts.values():
+            orders.setdefault(part.size, _by_length(part))
+        cuts = {name: orders[part.size].tensor_split(max(pieces, 1)) for name, part in parts.items()}
         value = torch.zeros((), dtype=torch.float64, device=self.processes.device)
         before: dict[str, Tensor | float] = {
             k: v for k, v in self._terms.items() if not k.startswith(group + "/")
@@ -306,13 +314,14 @@ class Trainer:
 
     def _reduce(self, optimizer: _Optimizer) -> float:
         """Sum the group's gradients over processes and return their norm."""
-        params = list(optimizer.params.values())
-        if self.processes.world > 1:
-            for param in params:
-                param.grad = torch.zeros_like(param) if param.grad is None else param.grad
+        gradients = []
+        for param in optimizer.params.values():
+            # one that this process did not use may be used by another, and decays however many there are
+            param.grad = torch.zeros_like(param) if param.grad is None else param.grad
+            if self.processes.world > 1:
                 torch.distributed.all_reduce(param.grad)
-        gradients = [param.grad for param in params if param.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+            gradients.append(param.grad)
+        return float(torch.nn.utils.get_total_norm(gradients))
 
     def _descend(self, optimizer: _Optimizer, norm: float) -> None:
         clip = self.training.grad_clip
@@ -324,6 +333,7 @@ class Trainer:
             entry["lr"] = self._lr(optimizer.settings)
         optimizer.adam.step()
         optimizer.adam.zero_grad(set_to_none=True)
+        torch.clear_autocast_cache()  # it holds the old weights in bfloat16 until the visit ends
         optimizer.updates += 1
 
     def _lr(self, group: Group) -> float:
@@ -396,22 +406,33 @@ class Trainer:
             pass
         finally:
             self._set_trainable()
-        for counted in self._from_all(self._counted):
-            for name, amount in counted.items():
-                self.counters[name] = self.counters.get(name, 0.0) + amount
-        self._counted = {}
+        self._charge()
         self.visit += 1
         if self.recorder and self.recorder.visit:
             self.recorder.visit(self.visit)
 
+    def _charge(self) -> None:
+        for counted in self._from_all(self._counted):
+            for name, amount in counted.items():
+                self.counters[name] = self.counters.get(name, 0.0) + amount
+        self._counted = {}
+
     def prepare(self, data: Any) -> Mapping[str, Batch] | None:
-        """Let the distiller make what its training needs; the student may not be updated."""
+        """Let the distiller make what its training needs; the student may not be updated.
+
+        This process does it alone: others may wait for the result, or find it cached.
+        """
+        together = self.processes
+        self.processes = Processes(str(together.device), together.precision, solo=True)
         self._preparing = True
+        torch.manual_seed(stream_seed(self.seed, "torch/prepare"))
         try:
-            with running(self.clock), phase("prepare"):
-                return self.distiller.prepare(data, self)
+            with running(self.clock), phase("prepare"), self.processes.autocast():
+                made = self.distiller.prepare(data, self)
+            self._charge()
+            return made
         finally:
-            self._preparing = False
+            self._preparing, self.processes = False, together
             self._set_trainable()
 
     def _draw(self, name: str, source: Source) -> Batch:
@@ -466,9 +487,12 @@ class Trainer:
         names = {id(param): name for name, param in self.distiller.named_parameters() if param.requires_grad}
         found: dict[int, str] = {}
         for group, optimizer in self.optimizers.items():
-            for param in optimizer.params.values():
+            if "/" in group:
+                raise ValueError(f"the group's name '{group}' may hold no '/'")
+            for name, param in optimizer.params.items():
+                if not param.requires_grad:
+                    raise ValueError(f"{name} is in the group {group}, but it is frozen")
                 if id(param) in found:
-                    name = names.get(id(param), "a parameter")
                     raise ValueError(f"{name} is in the groups {found[id(param)]} and {group}")
                 found[id(param)] = group
         missing = [name for key, name in names.items() if key not in found]
@@ -546,13 +570,19 @@ class Trainer:
     def resume(self) -> None:
         """Go back to the newest checkpoint, and cut the log to its length.
 
-        Raises: UserError for a checkpoint that is torn, foreign, or lacks a tensor.
+        Raises: UserError for a checkpoint that is torn or foreign, has not the tensors of this distiller, or
+        counts on more of the log than there is.
         """
         found = self.checkpoints.load() if self.checkpoints else None
         if found is None:
             self._cut_log(0)
             return
         shared, own, state = found
+        mine = {name: value for name, value in self.shared_tensors().items() if not name.startswith("adam/")}
+        for name, value in mine.items():
+            if name not in shared or shared[name].shape != value.shape:
+                where = f"checkpoint {self.checkpoints.newest() if self.checkpoints else ''}"
+                raise UserError(f"{where}: it has no {name} of shape {list(value.shape)}; delete the folder")
         self.load_tensors(shared, own)
         self.updates, self.visit = state["updates"], state["visit"]
         self.counters, self._drawn, self.best = state["counters"], state["drawn"], state["best"]
@@ -601,7 +631,10 @@ class Trainer:
         if self.folder is None or not self.processes.is_main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "steps.jsonl").open("a") as file:
+        path = self.folder / "steps.jsonl"
+        with path.open("a") as file:
+            if file.tell() < length:
+                raise UserError(f"{path}: its end is lost; delete {self.folder} to start again")
             os.truncate(file.fileno(), length)
 
 
