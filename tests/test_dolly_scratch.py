@@ -1,4 +1,4 @@
-"""The board dolly-scratch: its sizes fit together, its debug size runs on a small and on the real data folder."""
+"""The board dolly-scratch: its sizes fit together; its debug size runs on small data and on the real ones."""
 
 from __future__ import annotations
 
