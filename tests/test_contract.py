@@ -374,7 +374,8 @@ def test_processes_catches_sums_of_one_process(tmp_path: Path) -> None:
             "prepare may return 'train' only, not dev",
         ),
         (
-            "def prepare(self, data, step):\n    step.update('student', self.loss, None)",
+            "def prepare(self, data, step):\n"
+            "    step.update('student', self.loss, next(data.batches('train')))",
             "fields",
             "ValueError: prepare may not update the group 'student': the budget counts its updates (wrong.",
         ),
