@@ -14,7 +14,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
@@ -186,8 +187,9 @@ class Workers:
                         waiting.remove(job)
                         taken = {slot for _, _, slot, _ in running.values()}
                         slot = next(i for i in range(self.count) if i not in taken)
-                        receiver, process = self._start(job, slot)
-                        running[receiver] = (job, process, slot, time.monotonic())
+                        with _uninterrupted():  # a child that is not in the list would not be ended
+                            receiver, process = self._start(job, slot)
+                            running[receiver] = (job, process, slot, time.monotonic())
                         self.say(f"{job.label}: started")
                 ready = wait(list(running)) if running else []
                 for receiver in [one for one in running if one in ready]:
@@ -224,6 +226,19 @@ class Workers:
         process.start()
         sender.close()
         return receiver, process
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Put off Ctrl-C to the end of the block."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _death(exitcode: int | None) -> str:
