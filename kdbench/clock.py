@@ -108,6 +108,26 @@ class Clock:
                 *(int(entry[f"peak_{kind}_bytes"]) for kind in ("rss", "allocated", "reserved")),
             )
 
+    def add(self, state: dict[str, dict[str, float]]) -> None:
+        """Add what another process spent on work that this one found done: seconds summed, peaks maxed."""
+        for name, entry in state.items():
+            phase = self.phases.setdefault(name, Phase())
+            phase.seconds += float(entry["seconds"])
+            for kind in ("peak_rss_bytes", "peak_allocated_bytes", "peak_reserved_bytes"):
+                setattr(phase, kind, max(getattr(phase, kind), int(entry[kind])))
+
+
+def spent(
+    before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]
+) -> dict[str, dict[str, float]]:
+    """Return the phases of `after` with the seconds since `before`."""
+    nothing = {"seconds": 0.0}
+    return {
+        name: {**entry, "seconds": entry["seconds"] - before.get(name, nothing)["seconds"]}
+        for name, entry in after.items()
+        if entry["seconds"] > before.get(name, nothing)["seconds"]
+    }
+
 
 _current: ContextVar[Clock | None] = ContextVar("clock", default=None)
 

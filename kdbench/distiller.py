@@ -252,6 +252,7 @@ class Distiller(nn.Module):
     head: ClassVar[str] = "causal_lm"
     needs: ClassVar[tuple[str, ...]] = ("example_id", "input_ids", "prompt_length", "length")
     couples_examples: ClassVar[bool] = False
+    prepare_reads: ClassVar[tuple[str, ...] | None] = None  # settings that `prepare` depends on; None: all
 
     @dataclass
     class Config:
@@ -264,6 +265,11 @@ class Distiller(nn.Module):
         if teacher is not None:
             self.teacher = freeze(teacher)
         self.state: dict[str, Any] = {}
+
+    @classmethod
+    def added_positions(cls, cfg: Any) -> Mapping[str, int]:
+        """Return the positions that the method puts before the text, by role: a soft prompt's length."""
+        return {}
 
     def breaks(self) -> Mapping[str, str]:
         """Return the laws that the settings break, each with its reason."""

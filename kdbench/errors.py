@@ -11,6 +11,10 @@ class UserError(Exception):
         super().__init__(" ".join(message.split()))
 
 
+class Diverged(Exception):
+    """A loss, a gradient or a distribution that is not finite; ends a run with status `diverged`."""
+
+
 def nearest(given: str, known: Iterable[str]) -> str | None:
     """The known name that `given` was probably meant to be; None when nothing is near."""
     names = {name.lower(): name for name in known}

@@ -21,17 +21,13 @@ from kdbench.checkpoint import Checkpoints
 from kdbench.clock import Clock, phase, running
 from kdbench.config import TrainingConfig
 from kdbench.distiller import Batch, Distiller, Group, Parts, Store, Totals
-from kdbench.errors import UserError
+from kdbench.errors import Diverged, UserError
 from kdbench.processes import Processes
 from kdbench.streams import generator, stream_seed, uniform
 
 IDLE_VISITS = (
     1000  # visits in a row without a student update after which a method is told that it never updates
 )
-
-
-class Diverged(Exception):
-    """A loss or a gradient that is not finite."""
 
 
 class _BudgetSpent(BaseException):
@@ -170,6 +166,7 @@ class Trainer:
         self.visit = 0
         self.counters: dict[str, float] = {"prompts": 0.0, "tokens_seen": 0.0, "tokens_sampled": 0.0}
         self.best: dict[str, Any] = {}
+        self.best_parameters: dict[str, Tensor] = {}
         self._orders: dict[str, Order] = {}
         self._drawn: dict[str, int] = {}
         self._pools: dict[str, tuple[int, list[list[int]]]] = {}
@@ -178,6 +175,11 @@ class Trainer:
         self._group: str | None = None
         self._log_bytes = 0
         self._preparing = False
+        if distiller.couples_examples and self.processes.world > 1:
+            raise UserError(
+                f"{type(distiller).__name__}: its loss couples examples, which are not gathered across "
+                f"processes yet; run it with one process"
+            )
         distiller.to(self.processes.device)
         self._set_modes()
         self.optimizers = {name: self._optimizer(group) for name, group in distiller.groups().items()}
@@ -266,7 +268,8 @@ class Trainer:
         pieces = 1 if self.distiller.couples_examples else math.ceil(size / self.micro_batch)
         orders: dict[int, Tensor] = {}  # rows of parts with as many rows may belong together: cut them alike
         for part in parts.values():
-            orders.setdefault(part.size, _by_length(part))
+            sort = "micro_batch" not in self.breaks()  # where the cut moves a number, it is the drawn one
+            orders.setdefault(part.size, _by_length(part) if sort else torch.arange(part.size))
         cuts = {name: orders[part.size].tensor_split(max(pieces, 1)) for name, part in parts.items()}
         value = torch.zeros((), dtype=torch.float64, device=self.processes.device)
         before: dict[str, Tensor | float] = {
@@ -333,7 +336,6 @@ class Trainer:
             entry["lr"] = self._lr(optimizer.settings)
         optimizer.adam.step()
         optimizer.adam.zero_grad(set_to_none=True)
-        torch.clear_autocast_cache()  # it holds the old weights in bfloat16 until the visit ends
         optimizer.updates += 1
 
     def _lr(self, group: Group) -> float:
@@ -363,7 +365,8 @@ class Trainer:
             self._write(line)
         for milestone in self.milestones:
             if self.updates in milestone.at:
-                milestone.action(self.updates)
+                with torch.autocast(self.processes.device.type, enabled=False):
+                    milestone.action(self.updates)
         if self.updates >= self.total:
             raise _BudgetSpent
 
@@ -512,11 +515,18 @@ class Trainer:
             f"{g}/{n}": p for g, optimizer in self.optimizers.items() for n, p in optimizer.params.items()
         }
 
-    def load_parameters(self, values: Mapping[str, Tensor]) -> None:
-        """Put back what `parameters` gave."""
+    def keep_best(self, told: Mapping[str, Any]) -> None:
+        """Remember the weights as they are, and what is said of them."""
+        self.best = dict(told)
+        self.best_parameters = {
+            name: value.detach().cpu().clone() for name, value in self.parameters().items()
+        }
+
+    def load_best(self) -> None:
+        """Put the remembered weights back."""
         with torch.no_grad():
             for name, param in self.parameters().items():
-                param.copy_(values[name])
+                param.copy_(self.best_parameters[name])
 
     def breaks(self) -> dict[str, str]:
         """Return the laws that the settings of training and method break, each with its reason."""
@@ -530,12 +540,21 @@ class Trainer:
     def shared_tensors(self) -> dict[str, Tensor]:
         """Trained parameters, registered buffers and optimizer states by name."""
         tensors: dict[str, Tensor] = {f"buffer/{n}": b for n, b in self.distiller.named_buffers()}
+        tensors |= {f"best/{name}": value for name, value in self.best_parameters.items()}
         for group, optimizer in self.optimizers.items():
             for name, param in optimizer.params.items():
                 tensors[f"param/{group}/{name}"] = param
                 for key, value in optimizer.adam.state.get(param, {}).items():
                     tensors[f"adam/{group}/{key}/{name}"] = torch.as_tensor(value)
         return tensors
+
+    def prepared_tensors(self) -> dict[str, Tensor]:
+        """What `prepare` may have changed: everything shared but the student's group."""
+        return {
+            n: v
+            for n, v in self.shared_tensors().items()
+            if not n.startswith(("param/student/", "adam/student/"))
+        }
 
     def own_tensors(self) -> dict[str, Tensor]:
         """The rows in the distiller's stores, which differ between processes."""
@@ -578,7 +597,11 @@ class Trainer:
             self._cut_log(0)
             return
         shared, own, state = found
-        mine = {name: value for name, value in self.shared_tensors().items() if not name.startswith("adam/")}
+        mine = {
+            name: value
+            for name, value in self.shared_tensors().items()
+            if not name.startswith(("adam/", "best/"))
+        }
         for name, value in mine.items():
             if name not in shared or shared[name].shape != value.shape:
                 where = f"checkpoint {self.checkpoints.newest() if self.checkpoints else ''}"
@@ -601,6 +624,9 @@ class Trainer:
             for group, optimizer in self.optimizers.items():
                 for name, param in optimizer.params.items():
                     param.copy_(shared[f"param/{group}/{name}"])
+            self.best_parameters = {
+                k.removeprefix("best/"): v for k, v in shared.items() if k.startswith("best/")
+            }
             for key, value in shared.items():
                 if key.startswith("adam/"):
                     _, group, entry, name = key.split("/", 3)

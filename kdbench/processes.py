@@ -39,6 +39,14 @@ class Processes:
             return summed.to(value.device, value.dtype)
         return value.detach()
 
+    def told_by_main(self, value: Any) -> Any:
+        """Return the main process's `value` on every process."""
+        if self.world > 1:
+            box = [value]
+            torch.distributed.broadcast_object_list(box, src=0)
+            return box[0]
+        return value
+
     def wait(self) -> None:
         """Return when every process has come here."""
         if self._state:
@@ -47,6 +55,9 @@ class Processes:
     def autocast(self) -> AbstractContextManager[None]:
         """The context of forward passes: bfloat16 matrix products where the precision is `bf16`."""
         if self.precision == "bf16":
-            cast: AbstractContextManager[None] = torch.autocast(self.device.type, torch.bfloat16)
+            # no cache: it would hand weights cast in a rollout, without their graph, to the loss after it
+            cast: AbstractContextManager[None] = torch.autocast(
+                self.device.type, torch.bfloat16, cache_enabled=False
+            )
             return cast
         return nullcontext()

@@ -427,8 +427,8 @@ class RunFolder:
         return read_jsonl(self.path / "steps.jsonl")
 
     def output_sets(self) -> list[str]:
-        """The names of the test sets with outputs, sorted; `dev` is not a test set."""
-        return sorted(path.stem for path in (self.path / "outputs").glob("*.jsonl") if path.stem != "dev")
+        """The names of the test sets with outputs, sorted."""
+        return sorted(path.stem for path in (self.path / "outputs").glob("*.jsonl"))
 
     def outputs(self, set_name: str) -> list[dict[str, Any]]:
         """outputs/<set_name>.jsonl, one object per prompt and generation seed:

@@ -19,6 +19,7 @@ from transformers import DynamicCache
 
 from kdbench.clock import phase
 from kdbench.distiller import Batch
+from kdbench.errors import Diverged
 from kdbench.predict import CausalLM
 from kdbench.streams import uniform
 
@@ -166,8 +167,11 @@ class _Sampler:
                 tokens = probabilities.argmax(-1)
             else:
                 tokens = _inverse_cdf(probabilities, uniform(step.seed, example_id, step.visit, position))
+            drawn = tokens.tolist()
+            if max(drawn) >= probabilities.shape[-1]:  # what searchsorted gives for NaN
+                raise Diverged(f"sampling: the distribution of response token {position} is not finite")
             keep = []
-            for slot, (i, token) in enumerate(zip(live, tokens.tolist(), strict=True)):
+            for slot, (i, token) in enumerate(zip(live, drawn, strict=True)):
                 responses[i].append(token)
                 if bans:
                     bans[i].push(token)

@@ -17,16 +17,15 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kdbench import collect, models, record, registry, stages
 from kdbench.clock import Clock, phase, running
 from kdbench.config import RunConfig, check_settings, keep_roles, library_versions, run_id
 from kdbench.distiller import Batch, Distiller
-from kdbench.errors import UserError
+from kdbench.errors import Diverged, UserError
 from kdbench.evidence import prompts_hash, read_evidence
-from kdbench.harness import Diverged, Milestone, Trainer
+from kdbench.harness import Milestone, Trainer
 from kdbench.paths import PACKAGE
 from kdbench.processes import Processes
 from kdbench.rollout import evaluating
@@ -99,9 +98,7 @@ class Plan:
                 found = record.load(path)
             except record.RecordError:
                 return None
-            if found.status in ("done", "diverged") and set(self.run.analyses) <= set(found.analyses):
-                return found
-            if found.status == "diverged":
+            if found.status in ("done", "diverged"):
                 return found
         return None
 
@@ -114,9 +111,12 @@ class Plan:
         self.folder.mkdir(parents=True, exist_ok=True)
         processes = Processes(self.run.device, self.run.training.precision)
         with FileLock(f"{self.folder}.lock") if processes.is_main else _nothing():
-            found = self.finished()
+            found: record.RunRecord | None = processes.told_by_main(self.finished())
             if found is None:
                 found = _Life(self, processes).run_all()
+            elif found.status == "done" and processes.is_main:
+                missing = [name for name in self.run.analyses if name not in found.analyses]
+                found = analyse(record.RunFolder(self.folder), missing) if missing else found
         processes.wait()
         return found
 
@@ -150,25 +150,38 @@ class _Life:
         torch.set_num_threads(self.run.threads)
         if self.processes.is_main:
             record.write_json(self.folder / "config.json", self.run.to_dict())
-        status, reason = "done", ""
-        try:
-            self.work()
-        except UserError:
-            raise
-        except Diverged as error:
-            status, reason = "diverged", str(error)
-        except Exception as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            status = "failed"
-            reason = f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
-            (self.folder / "error.txt").write_text(traceback.format_exc())
-        result = self.record(status, " ".join(reason.split()))
+        status, reason = self.outcome(self.work)
+        result = self.record(status, reason)
         if self.processes.is_main:
             record.save(result, self.folder / "record.json")
             if status == "done":
-                result = analyse(record.RunFolder(self.folder), self.run.analyses)
+                status, reason = self.outcome(self.analyse)
+                result = record.RunFolder(self.folder).record
+                if status != "done":
+                    result.status, result.reason = status, reason
+                    record.save(result, self.folder / "record.json")
+            if status != "failed":
                 shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
         return result
+
+    def outcome(self, action: Callable[[], None]) -> tuple[str, str]:
+        """Do it and return the status and its reason. Raises: UserError for what the user can mend."""
+        try:
+            action()
+        except UserError:
+            raise
+        except Diverged as error:
+            return "diverged", " ".join(str(error).split())
+        except Exception as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            reason = f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
+            (self.folder / "error.txt").write_text(traceback.format_exc())
+            return "failed", " ".join(reason.split())
+        return "done", ""
+
+    def analyse(self) -> None:
+        """Add the scores of the board's analyses to the record."""
+        analyse(record.RunFolder(self.folder), self.run.analyses)
 
     # ---- training
     def work(self) -> None:
@@ -193,7 +206,7 @@ class _Life:
                 self.evidence(model, teacher, None)
 
     def models(self) -> dict[str, nn.Module]:
-        """Load the roles' models, on all processes; the main one trains what the cache lacks."""
+        """Load the roles' models, on all processes; the first to come trains what the cache lacks."""
         with running(self.clock), phase("stages", covers=True):
             return {role: self.materials.model(role) for role in self.run.roles}
 
@@ -218,14 +231,12 @@ class _Life:
             track=tracker(self.run, self.plan.id, self.folder) if self.processes.is_main else None,
         )
         self.trainer = trainer
-        key = digest(self.plan.id, "prepare")
-        written = self.materials.prepared(trainer, source, key)
+        written = self.materials.prepared(trainer, source)
         if written is not None:
             trainer.source = written
         trainer.fit(progress=self.plan.places.progress and self.processes.is_main, label=self.label())
         if self.run.select.rule == "best":
-            best = load_file(self.folder / "best.safetensors")
-            trainer.load_parameters(best)
+            trainer.load_best()
 
     def label(self) -> str:
         """The run's name on a progress bar."""
@@ -269,11 +280,7 @@ class _Life:
         distiller.on_eval(metrics)
         value = metrics[select.score] * (1 if select.direction == "higher" else -1)
         if "value" not in trainer.best or value > trainer.best["value"]:
-            trainer.best = {"value": value, "step": step, "score": metrics[select.score], "n": len(rows)}
-            if self.processes.is_main:
-                part = self.folder / "best.part"
-                save_file({n: v.detach().cpu().clone() for n, v in trainer.parameters().items()}, part)
-                part.replace(self.folder / "best.safetensors")
+            trainer.keep_best({"value": value, "step": step, "score": metrics[select.score], "n": len(rows)})
 
     # ---- evaluation
     def outputs(
@@ -352,7 +359,9 @@ class _Life:
 
     def teacher_roll_in(self, teacher: nn.Module, plan: collect.Plan, key: str) -> list[Batch]:
         """Return the teacher's responses, which all runs of a board share."""
-        told = digest(key, prompts_hash(plan.prompts()), plan.decoding, plan.samples, self.plan.code)
+        code = registry.code_hash(registry.code_files([], [self.run.task]))
+        where = [self.run.device.split(":")[0], self.run.threads, plan.batch_size]
+        told = digest(key, prompts_hash(plan.prompts()), plan.decoding, plan.samples, code, where)
         folder = self.plan.places.cache / "rolled" / told
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):

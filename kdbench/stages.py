@@ -20,10 +20,12 @@ from typing import Any, cast
 
 import torch
 from filelock import FileLock
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdbench import models, registry
+from kdbench.clock import spent
 from kdbench.config import ModelSpec, Role, RunConfig, Stage, check_settings, library_versions, stage_training
 from kdbench.distiller import Batch, Distiller
 from kdbench.errors import UserError
@@ -178,26 +180,23 @@ class Materials:
 
     def _check_positions(self) -> None:
         """Refuse a model with fewer positions than the longest sequence that the run can make."""
-        run, wanted = self.run, [0]
-        if run.training.optimizer_steps:
-            wanted.append(run.training.max_new_tokens)
-        wanted.append(run.evaluation.decode.max_new_tokens)
-        wanted.append(run.evidence.max_new_tokens if run.evidence else 0)
+        run, trains = self.run, bool(self.run.training.optimizer_steps)
+        wanted = [run.evaluation.decode.max_new_tokens]
+        wanted.append(run.training.max_new_tokens if trains else 0)
+        wanted.append(run.evidence.max_new_tokens + 1 if run.evidence else 0)  # it looks past the last token
+        method = registry.load_distiller(run.method)
+        added = method.added_positions(check_settings(method.Config, run.settings, registry.stem(run.method)))
         for role in run.roles:
-            encoder = self.task().encoder(self.tokenizer(role))
-            longest = (
-                max(encoder.max_length, encoder.max_prompt + max(wanted)) - 1
-            )  # the last token is not an input
-            models.check_positions(
-                run.roles[self._base(role)], self.tokenizer(role), longest, self.places.runs
-            )
+            tokenizer = self.tokenizer(role)
+            encoder = self.task().encoder(tokenizer)
+            longest = max(encoder.max_length, encoder.max_prompt + max(wanted)) - 1  # the last is no input
+            longest += run.training.position_offset if trains else 0
+            longest += added.get(role, 0)
+            models.check_positions(run.roles[self._base(role)], tokenizer, longest, self.places.runs)
 
     def key(self, role: str) -> str:
         """Return the content identity of a role's model as the run uses it."""
-        key = self._start_key(role)
-        for stage in self.run.roles[role].stages:
-            key = self._stage_key(key, stage, self.run.roles[role])
-        return key
+        return self.stage_keys(role)[-1] if self.run.roles[role].stages else self._start_key(role)
 
     def _start_key(self, role: str) -> str:
         """The identity of a role's model before its own stages."""
@@ -208,14 +207,17 @@ class Materials:
         fresh = spec.seed if spec.architecture is not None else None
         return digest(revision, fresh, tokenizer_hash(self.tokenizer(role)))
 
-    def _stage_key(self, before: str, stage: Stage, spec: Role) -> str:
+    def _stage_key(self, before: str, stage: Stage, number: int, spec: Role) -> str:
         task = self._stage_task(stage)
+        others = needed_roles(registry.load_distiller(stage.method))
         code = registry.code_hash(
             registry.code_files([stage.method], [stage.task or self.run.task], stage=True)
         )
         told = {
             "method": registry.stem(stage.method),
             "settings": stage.settings,
+            "number": number,
+            "others": {role: self.key(role) for role in others if role != "student"},
             "split": stage.split,
             "training": {k: v for k, v in stage.training.items() if k not in _COSMETIC},
             "device": self.run.device.split(":")[0],
@@ -243,8 +245,8 @@ class Materials:
     def stage_keys(self, role: str) -> list[str]:
         """Return the content identity of a role's model after each of its own stages."""
         key, keys = self._start_key(role), []
-        for stage in self.run.roles[role].stages:
-            key = self._stage_key(key, stage, self.run.roles[role])
+        for number, stage in enumerate(self.run.roles[role].stages):
+            key = self._stage_key(key, stage, number, self.run.roles[role])
             keys.append(key)
         return keys
 
@@ -262,9 +264,8 @@ class Materials:
             model = self.model(spec.like)
         else:
             model = self._load(role, spec, stream_seed(spec.seed or 0, "weights"))
-        key = self._start_key(role)
-        for number, stage in enumerate(spec.stages[:stages]):
-            key = self._stage_key(key, stage, spec)
+        keys = self.stage_keys(role)
+        for number, (key, stage) in enumerate(zip(keys[:stages], spec.stages[:stages], strict=True)):
             model = self._trained(role, model, stage, key, stream_seed(spec.seed or 0, "stage", number))
         return model
 
@@ -287,8 +288,8 @@ class Materials:
                 seconds = self._train(role, model, stage, key, seed, work)
                 told = {"role": role, "stage": stage.name, "key": key, "seconds": seconds}
                 (work / "stage.json").write_text(json.dumps(told))
-                shutil.rmtree(work / "checkpoint", ignore_errors=True)
                 work.rename(final)
+            shutil.rmtree(final / "checkpoint", ignore_errors=True)
         return self._load(role, ModelSpec(model=str(final / "model")), 0)
 
     def _train(self, role: str, model: nn.Module, stage: Stage, key: str, seed: int, work: Path) -> float:
@@ -319,17 +320,17 @@ class Materials:
         return found
 
     # ---- what prepare makes
-    def prepared(self, trainer: Trainer, source: Source, key: str) -> Source | None:
-        """Return the training rows that `prepare` made instead of the task's, if any; cached under `key`."""
-        final = self.places.cache / "prepared" / key
-        work = final.with_name(key + ".work")
+    def prepared(self, trainer: Trainer, source: Source) -> Source | None:
+        """Let the distiller prepare, or put back what it prepared before; cached by content.
+
+        Returns the training rows that it made instead of the task's, or None.
+        """
+        distiller = trainer.distiller
+        if type(distiller).prepare is Distiller.prepare:
+            return None
+        final = self.places.cache / "prepared" / self._prepare_key(distiller)
+        work = final.with_name(final.name + ".work")
         final.parent.mkdir(parents=True, exist_ok=True)
-        others = {
-            f"{group}/{name}": param
-            for group, optimizer in trainer.optimizers.items()
-            if group != "student"
-            for name, param in optimizer.params.items()
-        }
         with FileLock(f"{final}.lock"):
             if not final.is_dir():
                 sources: dict[str, Source] = {"train": source, **trainer.extras}
@@ -338,6 +339,7 @@ class Materials:
                 data = SourceData(
                     sources, trainer.rollout_batch, trainer.processes.device, self.places.progress
                 )
+                before = trainer.clock.state()
                 made = trainer.prepare(data) or {}
                 if set(made) - {"train"}:
                     raise UserError(
@@ -347,14 +349,41 @@ class Materials:
                 work.mkdir()
                 for name, rows in made.items():
                     rows.save(work / f"{name}.rows.safetensors")
-                if others:
-                    Batch({k: v[None] for k, v in others.items()}).save(work / "groups.safetensors")
-                (work / "sampled.json").write_text(json.dumps(trainer.counters))
+                save_file(_on_cpu(trainer.prepared_tensors()), work / "shared.safetensors")
+                save_file(_on_cpu(trainer.own_tensors()), work / "own.safetensors")
+                told = {
+                    "counters": trainer.counters,
+                    "state": distiller.state,
+                    "clock": spent(before, trainer.clock.state()),
+                }
+                (work / "prepared.json").write_text(json.dumps(told))
                 work.rename(final)
-        trainer.counters.update(json.loads((final / "sampled.json").read_text()))
-        if others:
-            with torch.no_grad():
-                for name, value in Batch.load(final / "groups.safetensors").items():
-                    others[name].copy_(value[0])
+            else:
+                told = json.loads((final / "prepared.json").read_text())
+                shared = {**trainer.shared_tensors(), **load_file(final / "shared.safetensors")}
+                trainer.load_tensors(shared, load_file(final / "own.safetensors"))
+                trainer.counters.update(told["counters"])
+                distiller.state = told["state"]
+                trainer.clock.add(told["clock"])
         made_rows = final / "train.rows.safetensors"
         return BatchSource(Batch.load(made_rows)) if made_rows.exists() else None
+
+    def _prepare_key(self, distiller: Distiller) -> str:
+        """The identity of everything that `prepare` may read."""
+        run, reads = self.run, distiller.prepare_reads
+        settings = {k: v for k, v in run.settings.items() if reads is None or k in reads}
+        code = registry.code_hash(registry.code_files([run.method], run.tasks, stage=True))
+        return digest(
+            registry.stem(run.method),
+            settings,
+            code,
+            dict(library_versions()),
+            {role: self.key(role) for role in run.roles},
+            self.revisions(),
+            [run.seed, run.training.max_new_tokens, run.training.precision],
+            [run.device.split(":")[0], run.threads, run.training.rollout_batch or run.training.batch_size],
+        )
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}

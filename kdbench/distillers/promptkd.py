@@ -34,7 +34,7 @@ from kdbench.distillers._divergence import DivergenceConfig
 from kdbench.losses import forward_kl, reverse_kl
 from kdbench.predict import Prediction, predict
 from kdbench.prompts import PromptedModel, SoftPrompt
-from kdbench.rollout import rollout
+from kdbench.rollout import evaluating, rollout
 
 Direction = Literal["prompted_first", "fixed_first"]
 
@@ -78,6 +78,11 @@ class PromptKD(Distiller):
         """The teacher behind the prompt: a view, so that each of the two is registered once."""
         return PromptedModel(self.teacher, self.prompt)
 
+    @classmethod
+    def added_positions(cls, cfg: Config) -> Mapping[str, int]:
+        """Return the length of the prompt, which the teacher reads before the text."""
+        return {"teacher": cfg.prompt_length}
+
     def breaks(self) -> Mapping[str, str]:
         """Dropout in the teacher makes an update depend on its cut, and a frozen model train."""
         if self.cfg.teacher_dropout:
@@ -106,7 +111,7 @@ class PromptKD(Distiller):
         """Return L_P; its gradient is the prompt's."""
         with dropout_on(self.teacher, self.cfg.teacher_dropout):
             prompted = predict(self.prompted, batch)
-        with torch.no_grad():
+        with evaluating(self.student):
             student = predict(self.student, batch)
         kd = token_mean(kl(self.cfg.kd_direction, prompted, student), batch)
         coefficient = self.reg_coefficient(step)

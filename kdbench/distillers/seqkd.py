@@ -29,6 +29,8 @@ from kdbench.rollout import rollout
 class SeqKD(Distiller):
     """Cross-entropy, forward KL or both, token means over teacher-written responses."""
 
+    prepare_reads = ("max_new_tokens",)
+
     @dataclass
     class Config:
         """Which terms, and how the teacher writes."""
