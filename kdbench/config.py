@@ -55,8 +55,8 @@ class Architecture:
 class ModelSpec:
     """Where a model comes from.
 
-    `model` is a hub id, a local folder, `run:<id>`, `row:<name>` (that row's run with the same seed), a name
-    under configs/models or a path to such a TOML; `resolve` puts the content in place of these two.
+    `model` is a hub id, a local folder, `run:<id>`, a name under configs/models or a path to such a TOML;
+    `resolve` puts the content in place of these two.
     `tokenizer` is "task" (the task's own), a hub id, a local folder, `data:<path>` (below the data root), or
     `train:bpe:<size>` (trained on the task's text); None is the model's own.
     """
@@ -540,7 +540,7 @@ def resolve_model(spec: M, where: str = "model") -> M:
     Raises: UserError for an unknown name, a folder that is missing or has no weights, or a wrong TOML.
     """
     model = spec.model
-    if not model or model.startswith(("run:", "row:")):
+    if not model or model.startswith("run:"):
         return spec
     root = configs_dir() / "models"
     if model.endswith(".toml") or model in models():
@@ -917,8 +917,6 @@ def _resolved_roles(
         where = f"{board.id}: roles.{name}"
         filled = from_dict(Role, _filled(to_dict(role), axes), where)
         model = resolve_model(filled, f"{where}.model")
-        if model.model.startswith("row:") and board.row(model.model[4:]) is None:
-            raise unknown("row", model.model[4:], [one.name for one in board.rows], f"{where}.model")
         stages = []
         for stage in filled.stages:
             registry.find("distillers", stage.method)

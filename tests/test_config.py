@@ -511,7 +511,7 @@ def test_model_files_are_put_in_place(tmp_path: Path) -> None:
     assert config.resolve_model(config.ModelSpec(model=str(path))) == config.ModelSpec(
         "gpt2", revision="main"
     )
-    for kept in ("run:abc", "row:alpha", "gpt2", "openai-community/gpt2-xl"):
+    for kept in ("run:abc", "gpt2", "openai-community/gpt2-xl"):
         assert config.resolve_model(config.ModelSpec(model=kept)).model == kept
 
 
@@ -691,8 +691,6 @@ def test_unknown_names(tmp_path: Path) -> None:
         run_of(board_of(tmp_path, BOARD.replace('name = "init"', 'name = "init", method = "sftt"')))
     with pytest.raises(UserError, match=r"roles.teacher.model: no model 'tiny/techer'"):
         run_of(board_of(tmp_path, BOARD.replace("tiny/teacher", "tiny/techer")))
-    with pytest.raises(UserError, match=r"roles.teacher.model: no row 'alhpa'"):
-        run_of(board_of(tmp_path, BOARD.replace("tiny/teacher", "row:alhpa")))
 
 
 def test_a_method_that_is_no_row_becomes_one(tmp_path: Path) -> None:
