@@ -136,7 +136,7 @@ def run(
     commands.check_track(track)
     plans = commands.plans(question, chosen, rows, numbers, overrides, commands.device_of(device), places())
     todo = work.jobs_of(plans)
-    finished = sum(plan.finished() is not None for plan in plans)
+    finished = sum(plan.complete() for plan in plans)
     _say(f"{question.id}, size {chosen}: {len(plans)} runs, {finished} of them finished already")
     if dry_run:
         print(_forecast(commands.forecast(question, chosen, plans, todo, runs)))

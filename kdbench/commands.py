@@ -170,7 +170,7 @@ def forecast(
     for plan in plans:
         run, label = plan.run, f"{plan.run.row} seed {plan.run.seed}"
         steps = run.training.optimizer_steps
-        if plan.finished() is not None:
+        if plan.complete():
             lines.append(Forecast(label, plan.id, steps, "finished"))
             continue
         like = [entry for entry in done if entry.record.row == run.row]

@@ -60,7 +60,7 @@ def jobs_of(runs: Iterable[Plan]) -> list[Job]:
     stages: dict[str, Job] = {}
     whole: list[Job] = []
     for plan in runs:
-        if plan.finished() is not None:
+        if plan.complete():
             continue
         needs = []
         for role, spec in plan.run.roles.items():

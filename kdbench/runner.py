@@ -102,6 +102,13 @@ class Plan:
                 return found
         return None
 
+    def complete(self) -> bool:
+        """Whether an earlier run of the same id left nothing to do, neither an analysis nor tidying up."""
+        found = self.finished()
+        if found is None or found.status != "done":
+            return found is not None
+        return set(self.run.analyses) <= set(found.analyses) and not (self.folder / "checkpoint").exists()
+
     def execute(self) -> record.RunRecord:
         """Run, or go on with what an earlier process left; return the record.
 
@@ -117,6 +124,7 @@ class Plan:
             elif found.status == "done" and processes.is_main:
                 missing = [name for name in self.run.analyses if name not in found.analyses]
                 found = analyse(record.RunFolder(self.folder), missing) if missing else found
+                shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
         processes.wait()
         return found
 
