@@ -64,6 +64,10 @@ class Broken(Exception):
     """A law does not hold; the message says where."""
 
 
+class ProcessFailed(RuntimeError):
+    """One of several processes died or raised an exception, which the message names."""
+
+
 # ------------------------------------------------------------------------ models and rows by head
 @dataclass(frozen=True)
 class Head:
@@ -813,14 +817,18 @@ def _try(case: Case, name: str, declared: str | None = None, follows: str | None
 
 def told(error: BaseException, case: Case) -> str:
     """Return an exception in one line: type, message, and the last line of the method's file on its way."""
+    if isinstance(error, ProcessFailed):
+        return str(error)
+    return _one_line(error, str(registry.find("distillers", case.method).resolve()))
+
+
+def _one_line(error: BaseException, file: str = "") -> str:
     frames = traceback.extract_tb(error.__traceback__)
-    own = str(registry.find("distillers", case.method).resolve())
-    frame = ([frame for frame in frames if frame.filename == own] or frames)[-1]
-    return f"{_one_line(error)} ({Path(frame.filename).name}:{frame.lineno})"
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    ours = [frame for frame in frames if "site-packages" not in frame.filename] or frames
+    frame = ([frame for frame in frames if frame.filename == file] or ours)[-1]
+    return (
+        f"{type(error).__name__}: {' '.join(str(error).split())} ({Path(frame.filename).name}:{frame.lineno})"
+    )
 
 
 def render(laws: Sequence[Law]) -> str:
@@ -896,7 +904,7 @@ def in_processes(count: int, function: Callable[..., Any], *args: Any, timeout_s
 
     `function` is a top-level function of a module, so that the processes can import it. They are forked from
     one that has torch loaded, which the first call starts.
-    Raises: Broken with its reason when a law breaks in one of them or they wait for each other; RuntimeError
+    Raises: Broken with its reason when a law breaks in one of them or they wait for each other; ProcessFailed
     with its exception when one fails.
     """
     forking = "forkserver" in multiprocessing.get_all_start_methods()
@@ -916,17 +924,26 @@ def in_processes(count: int, function: Callable[..., Any], *args: Any, timeout_s
         waiting[receiver] = rank
         started.append(process)
     results: dict[int, Any] = {}
+    failures: list[tuple[float, int, Exception]] = []
     end = time.monotonic() + timeout_s
     try:
         while waiting:
-            ready = wait(list(waiting), timeout=max(0.0, end - time.monotonic()))
+            # where one has failed, the others may be about to say that they lost it
+            ready = wait(list(waiting), timeout=1.0 if failures else max(0.0, end - time.monotonic()))
             if not ready:
-                ranks = " and ".join(map(str, waiting.values()))
-                raise Broken(
-                    f"after {timeout_s:g} s, process {ranks} of {count} is still waiting for another"
-                )
+                break
             for receiver in ready:
-                results |= _received(receiver, waiting.pop(receiver), count)
+                rank = waiting.pop(receiver)
+                when, result = _received(receiver, rank, count)
+                if isinstance(result, Exception):
+                    failures.append((when, rank, result))
+                else:
+                    results[rank] = result
+        if failures:
+            raise min(failures, key=lambda failure: failure[:2])[2]
+        if waiting:
+            ranks = " and ".join(map(str, waiting.values()))
+            raise Broken(f"after {timeout_s:g} s, process {ranks} of {count} has not ended")
     finally:
         for process in started:
             if len(results) < count:
@@ -935,17 +952,18 @@ def in_processes(count: int, function: Callable[..., Any], *args: Any, timeout_s
     return [results[rank] for rank in range(count)]
 
 
-def _received(receiver: Any, rank: int, count: int) -> dict[int, Any]:
+def _received(receiver: Any, rank: int, count: int) -> tuple[float, Any]:
+    """Return when a process ended, and its result or what it failed with."""
     with receiver:
         try:
-            kind, result = receiver.recv()
+            kind, when, result = receiver.recv()
         except EOFError:
-            raise RuntimeError(f"process {rank} of {count} died") from None
+            return 0.0, ProcessFailed(f"process {rank} of {count} died")
     if kind == "broken":
-        raise Broken(result)
-    if kind == "failed":
-        raise RuntimeError(f"in process {rank} of {count}: {result}")
-    return {rank: result}
+        result = Broken(result)
+    elif kind == "failed":
+        result = ProcessFailed(f"in process {rank} of {count}: {result}")
+    return when, result
 
 
 def _one_process(
@@ -955,12 +973,13 @@ def _one_process(
     os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)})
     os.environ.update({"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
     try:
-        sender.send(("done", function(*args)))
+        kind, result = "done", function(*args)
     except Broken as broken:
-        sender.send(("broken", str(broken)))
+        kind, result = "broken", str(broken)
     except BaseException as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        sender.send(("failed", f"{_one_line(error)} ({Path(frame.filename).name}:{frame.lineno})"))
+        kind, result = "failed", _one_line(error)
+    try:
+        sender.send((kind, time.monotonic(), result))
     finally:
         sender.close()
         if torch.distributed.is_initialized():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kdbench import checkpoint
 from kdbench.checkpoint import Checkpoints
-from kdbench.checks import in_processes
+from kdbench.checks import ProcessFailed, in_processes
 from kdbench.config import TrainingConfig
 from kdbench.distiller import Batch, Distiller, Group, Step, Store, example_mean
 from kdbench.errors import UserError
@@ -292,7 +292,7 @@ def _train_and_die(folder: str, kill_at: int) -> None:
 def test_killed_training_goes_on_as_if_it_had_not_been(kill_at: int, tmp_path: Path) -> None:
     whole = keeper(tmp_path / "whole")
     whole.fit()
-    with pytest.raises(RuntimeError, match="process 0 of 1 died"):
+    with pytest.raises(ProcessFailed, match="process 0 of 1 died"):
         in_processes(1, _train_and_die, str(tmp_path / "killed"), kill_at)
     again = keeper(tmp_path / "killed")
     again.fit()

@@ -352,6 +352,17 @@ def test_processes_catches_sums_of_one_process(tmp_path: Path) -> None:
     assert law.reason.startswith("5 rows on 2 processes: update 1, the gradient of 'student' differs by ")
 
 
+def test_failure_of_a_process_is_told_with_its_line(tmp_path: Path) -> None:
+    body = """
+    def train_step(self, batch, step):
+        step.update("student", self.loss, batch)
+        if batch.size == 2:
+            raise OSError("two rows")
+    """
+    (law,) = checks.check(plugin(tmp_path, body), only=["processes"])
+    assert law.reason == "in process 1 of 2: OSError: two rows (wrong.py:25)"
+
+
 # ---------------------------------------------------------------------------- what the check says
 @pytest.mark.parametrize(
     ("body", "law", "reason"),
