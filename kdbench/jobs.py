@@ -28,9 +28,6 @@ from kdbench.errors import UserError
 if TYPE_CHECKING:
     from kdbench.runner import Plan
 
-# what runs import: the process that children are forked from has it loaded
-PRELOAD = ("kdbench.runner", "transformers.models.gpt2.modeling_gpt2", "pyarrow.parquet")
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -75,6 +72,13 @@ def jobs_of(runs: Iterable[Plan]) -> list[Job]:
         steps = plan.run.training.optimizer_steps
         whole.append(Job(f"{plan.run.row} seed {plan.run.seed}", plan, steps=steps, needs=frozenset(needs)))
     return [*sorted(stages.values(), key=lambda job: -job.steps), *whole]
+
+
+def preload() -> list[str]:
+    """The modules that runs import, for the process that children are forked from."""
+    names = ["kdbench.runner", "transformers.models.gpt2.modeling_gpt2", "pyarrow.parquet", "pandas"]
+    names += [f"analyses.{name}" for name in registry.names("analyses")]
+    return [name for name in names if importlib.util.find_spec(name) is not None]
 
 
 def start(count: int, live: bool) -> Workers | None:
@@ -152,8 +156,7 @@ class Workers:
         """Start the process to fork from; it imports torch while this process does the same."""
         from multiprocessing import forkserver
 
-        wanted = [*PRELOAD, *(f"analyses.{name}" for name in registry.names("analyses"))]
-        self._context.set_forkserver_preload([name for name in wanted if importlib.util.find_spec(name)])
+        self._context.set_forkserver_preload(preload())
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process alone
         try:
             forkserver.ensure_running()

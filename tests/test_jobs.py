@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from process_kit import begin, processes_of, until
 
 from kdbench import commands
 from kdbench.config import load_board
@@ -150,35 +151,6 @@ def test_a_killed_child_is_a_failed_job_and_the_others_go_on(capfd: pytest.Captu
     assert "SIGKILL" in jobs[0].outcome.reason
     assert jobs[1].outcome == Outcome("done", "", 0.0)
     assert "dies: failed" in capfd.readouterr().err
-
-
-def processes_of(folder: Path) -> list[int]:
-    """Processes whose environment names the folder: those that a command started there, and itself."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            state = (path / "stat").read_text().rsplit(")", 1)[1].split()[0]
-            if str(folder).encode() in (path / "environ").read_bytes() and state != "Z":
-                found.append(int(path.name))
-        except OSError:
-            continue
-    return found
-
-
-def begin(folder: Path, *args: str) -> "subprocess.Popen[bytes]":
-    """A command in a process of its own, with its cache and log in `folder`."""
-    env = {**os.environ, "KDBENCH_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "kdbench", *args, "--runs", str(folder / "runs")]
-    with (folder / "log").open("ab") as log:
-        return subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True)
-
-
-def until(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    """Wait until something holds."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"{what} took more than {seconds} s"
-        time.sleep(0.02)
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
