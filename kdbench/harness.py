@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from kdbench.distiller import Batch, Distiller, Group, Parts, Store, Totals
 from kdbench.errors import Diverged, UserError
 from kdbench.processes import Processes
 from kdbench.streams import generator, stream_seed, uniform
+
+T = TypeVar("T")
 
 IDLE_VISITS = (
     1000  # visits in a row without a student update after which a method is told that it never updates
@@ -175,11 +177,6 @@ class Trainer:
         self._group: str | None = None
         self._log_bytes = 0
         self._preparing = False
-        if distiller.couples_examples and self.processes.world > 1:
-            raise UserError(
-                f"{type(distiller).__name__}: its loss couples examples, which are not gathered across "
-                f"processes yet; run it with one process"
-            )
         distiller.to(self.processes.device)
         self._set_modes()
         self.optimizers = {name: self._optimizer(group) for name, group in distiller.groups().items()}
@@ -204,8 +201,8 @@ class Trainer:
         return generator(self.seed, "method/" + name, self.visit)
 
     def all_sum(self, value: Tensor) -> Tensor:
-        """The sum of `value` over processes. Raises: ValueError inside a loss that is cut."""
-        if self._group and not self.distiller.couples_examples:
+        """The sum of `value` over processes. Raises: ValueError inside a loss."""
+        if self._group:
             raise ValueError("all_sum inside a loss would sum micro-batches; call it in train_step")
         return self.processes.all_sum(value)
 
@@ -265,7 +262,10 @@ class Trainer:
         parts = {"": batch} if isinstance(batch, Batch) else dict(batch)
         totals = {name: self._whole(part) for name, part in parts.items()}
         size = max(part.size for part in parts.values())
-        pieces = 1 if self.distiller.couples_examples else math.ceil(size / self.micro_batch)
+        pieces = math.ceil(size / self.micro_batch)
+        if self.distiller.couples_examples:  # the main process alone sees all the rows at once
+            parts = {name: self._gathered(part) for name, part in parts.items()}
+            pieces = int(self.processes.is_main)
         orders: dict[int, Tensor] = {}  # rows of parts with as many rows may belong together: cut them alike
         for part in parts.values():
             sort = "micro_batch" not in self.breaks()  # where the cut moves a number, it is the drawn one
@@ -295,13 +295,18 @@ class Trainer:
         self._terms = before
         return float(self.processes.all_sum(value)), list(totals.values())
 
-    def _from_all(self, mine: dict[str, float]) -> list[dict[str, float]]:
-        """Return the dict of every process, this one's alone where there is one."""
+    def _from_all(self, mine: T) -> list[T]:
+        """Return the object of every process, this one's alone where there is one."""
         if self.processes.world == 1:
             return [mine]
         found: list[Any] = [None] * self.processes.world
         torch.distributed.all_gather_object(found, mine)
         return found
+
+    def _gathered(self, part: Batch) -> Batch:
+        """Return the rows of all processes."""
+        fields = self._from_all({name: value.cpu() for name, value in part.items()})
+        return Batch.cat([Batch(mine) for mine in fields]).to(self.processes.device)
 
     def _whole(self, part: Batch) -> Totals:
         counts = part.with_totals(None).counts()
@@ -310,7 +315,7 @@ class Trainer:
 
     def _micro(self, part: Batch, cut: Tensor, totals: Totals, pieces: int) -> Batch:
         rows = part.rows(cut)
-        if self.training.mean == "micro_batch":
+        if self.training.mean == "micro_batch" and not self.distiller.couples_examples:
             own, parts = rows.with_totals(None).counts(), pieces * self.processes.world
             totals = Totals(own.tokens * parts, own.examples * parts)
         return rows.with_totals(totals)

@@ -70,7 +70,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from kdbench.distiller import Batch, Distiller, Group, Store, target_mask, token_mean
+from kdbench.distiller import Batch, Distiller, Group, Store, example_mean, target_mask, token_mean
 from kdbench.losses import cross_entropy, forward_kl
 from kdbench.predict import predict
 from kdbench.rollout import rollout
@@ -350,6 +350,19 @@ def test_processes_catches_sums_of_one_process(tmp_path: Path) -> None:
     (law,) = checks.check(plugin(tmp_path, body), only=["processes"])
     assert law.status == "fail"
     assert law.reason.startswith("5 rows on 2 processes: update 1, the gradient of 'student' differs by ")
+
+
+def test_examples_that_are_coupled_meet_over_processes(tmp_path: Path) -> None:
+    body = """
+    couples_examples = True
+
+    def loss(self, batch, step):
+        q, rows = predict(self.student, batch), target_mask(batch).sum(1)
+        each = torch.stack([part.mean() for part in cross_entropy(q).split(rows.tolist())])
+        return torch.logsumexp(each[:, None] - each[None], 0).sum() + example_mean(each, batch)
+    """
+    laws = checks.check(plugin(tmp_path, body), only=["processes", "micro_batch", "order", "budget"])
+    assert {law.status for law in laws} == {"pass"}, checks.render(laws)
 
 
 def test_failure_of_a_process_is_told_with_its_line(tmp_path: Path) -> None:
