@@ -138,6 +138,34 @@ def test_rows_of() -> None:
     assert rows_of(board, ["my.py", "all"]) == [*names, "my.py"]
 
 
+def test_tune_writes_what_the_board_then_uses(ran: tuple[int, str, str], here: Path) -> None:
+    text = re.sub(r"\n\[tuning\].*?\n\n", "\n", TINY.read_text(), flags=re.DOTALL)
+    head, *rows = re.split(r"(?=\[\[rows\]\])", text)
+    last, columns = rows[-1].split("\n# ---", 1)
+    kept = [row for row in [*rows[:-1], last] if 'name = "teacher"' in row or 'name = "sft"' in row]
+    tuning = '[tuning]\nseed = 9\nfactors = [0.5, 2.0]\nscore = "rouge_l"\nsize = "debug"\n\n'
+    sizes = head.index("[sizes.full]")
+    (here / "tiny").mkdir()
+    board = here / "tiny" / "board.toml"
+    board.write_text(head[:sizes] + tuning + head[sizes:] + "".join(kept) + "\n# ---" + columns)
+    code, out, err = call("tune", board, "--jobs", "2")
+    assert code == 0, err
+    tuned = load_board(str(board)).tuned["sft"]
+    assert [trial.lr for trial in tuned.trials] == [5e-4, 2e-3]
+    scores = [trial.score for trial in tuned.trials]
+    assert all(score is not None for score in scores)
+    assert tuned.lr == tuned.trials[scores.index(max(scores, key=lambda score: score or 0.0))].lr
+    assert f"sft                  lr {tuned.lr:g}" in out
+    assert {path.name for path in here.glob("runs/tuning/*/*/*") if path.is_dir()} == {
+        trial.run_id for trial in tuned.trials
+    }
+    _, out, _ = call("report", board, "--size", "debug")
+    assert "SFT" in out
+    assert not any(trial.run_id in out for trial in tuned.trials), "trials are not reported"
+    _, out, _ = call("run", "sft", "--board", board, "--size", "debug", "--seeds", "1", "--dry-run")
+    assert re.search(r"sft seed 1 .*(to run|finished)", out)
+
+
 # ----------------------------------------------------------------------------------------------- reading runs
 def test_report_formats(ran: tuple[int, str, str], here: Path) -> None:
     for format in ("table", "markdown", "csv"):
