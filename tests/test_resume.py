@@ -87,7 +87,7 @@ def numbers(folder: Path) -> dict[str, Any]:
         "steps": (folder / "steps.jsonl").read_bytes() if (folder / "steps.jsonl").exists() else b"",
         "student": (folder / "student" / "model.safetensors").read_bytes(),
         "outputs": {path.name: path.read_bytes() for path in folder.glob("outputs/*.jsonl")},
-        "files": sorted(path.name for path in folder.rglob("*") if path.is_file()),
+        "files": sorted(path.name for path in folder.rglob("[!.]*") if path.is_file()),
     }
     found["budget"] = {
         name: value for name, value in record.budget.items() if not name.startswith("stage_seconds.")
