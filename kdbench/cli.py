@@ -1,7 +1,6 @@
 """The command line: it parses and prints, nothing else. Only the commands that need torch import it."""
 
 import ast
-import importlib.util
 import os
 import sys
 import textwrap
@@ -452,16 +451,28 @@ def check(
     raise typer.Exit(1 if any(one.status == "fail" for one in laws) else 0)
 
 
-if importlib.util.find_spec("kdbench.gate") is not None:
+@app.command()
+def gate(
+    methods: Annotated[
+        list[str] | None, typer.Argument(metavar="[METHOD ...]", help="Default: all that are included.")
+    ] = None,
+    learn: Annotated[
+        bool, typer.Option("--learn", help="Store the numbers of the code as it is, for later gates.")
+    ] = False,
+) -> None:
+    """Compare first updates and short scores of all methods with those stored.
 
-    @app.command()
-    def gate() -> None:
-        """Compare first updates and short scores of all methods with those stored."""
-        from kdbench import commands
+    The regression check of CI: exit code 1 names the number that regressed, and by how much.
+    """
+    from kdbench import commands
 
-        commands.quiet(1)
-        module: Any = importlib.import_module("kdbench.gate")
-        raise typer.Exit(module.run())
+    commands.quiet(1)
+    from kdbench import gate as module
+
+    commands.silence()
+    report = (module.learn if learn else module.run)(methods or None, progress=True)
+    print(report.render())
+    raise typer.Exit(0 if report.passed else 1)
 
 
 # ------------------------------------------------------------------------------------------------------ start

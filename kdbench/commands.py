@@ -121,6 +121,12 @@ def _run(
     )
 
 
+def label_of(run: RunConfig) -> str:
+    """A run's name among those of one command: its row, axis values and seed."""
+    axes = ", ".join(f"{name} {value}" for name, value in run.axes.items())
+    return f"{run.row} ({axes}) seed {run.seed}" if axes else f"{run.row} seed {run.seed}"
+
+
 def check_track(name: str | None) -> None:
     """Let runs log to this tracker too. Raises: UserError for one that is unknown or not installed."""
     if name is None:
@@ -168,7 +174,7 @@ def forecast(
             seconds = stages.get(spec.stages[job.count - 1].name)
             lines.append(Forecast(job.label, job.gives, job.steps, "to train", size_bytes, more, seconds))
     for plan in plans:
-        run, label = plan.run, f"{plan.run.row} seed {plan.run.seed}"
+        run, label = plan.run, label_of(plan.run)
         steps = run.training.optimizer_steps
         if plan.complete():
             lines.append(Forecast(label, plan.id, steps, "finished"))

@@ -14,14 +14,16 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdbench import registry
-from kdbench.commands import TRACKER, silence
+from kdbench.commands import TRACKER, label_of, silence
 from kdbench.config import stage_training
 from kdbench.errors import UserError
 
@@ -70,7 +72,7 @@ def jobs_of(runs: Iterable[Plan]) -> list[Job]:
                     before = frozenset(keys[: number - 1])
                     stages[key] = Job(label, plan, role, number, steps, gives=key, needs=before)
         steps = plan.run.training.optimizer_steps
-        whole.append(Job(f"{plan.run.row} seed {plan.run.seed}", plan, steps=steps, needs=frozenset(needs)))
+        whole.append(Job(label_of(plan.run), plan, steps=steps, needs=frozenset(needs)))
     return [*sorted(stages.values(), key=lambda job: -job.steps), *whole]
 
 
@@ -114,7 +116,9 @@ def _make(job: Job) -> Outcome:
     except UserError as error:
         status, reason = "refused", str(error)
     except Exception as error:
-        status, reason = "failed", f"{type(error).__name__}: {' '.join(str(error).split())}"
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(frame.filename).name}:{frame.lineno}"
+        status, reason = "failed", f"{type(error).__name__}: {' '.join(str(error).split())} ({place})"
     return Outcome(status, reason, time.monotonic() - start)
 
 
