@@ -286,7 +286,7 @@ class Lines:
 
     def write(self, text: str) -> None:
         """Print what is neither empty nor a bar that has not begun."""
-        text = text.strip("\r\n ")
+        text = text.replace("\x1b[A", "").strip("\r\n ")
         if text and ": 0/" not in text:
             sys.stderr.write(text + "\n")
 

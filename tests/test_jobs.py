@@ -189,7 +189,7 @@ def test_accelerate_launch(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ words
 def test_lines_prints_whole_lines_only(capsys: pytest.CaptureFixture[str]) -> None:
     stream = Lines()
-    for text in ("\r", "\rsft: 0/4 step in 00:00", "\rsft: 4/4 step in 00:01", "\n", "   "):
+    for text in ("\r", "\rsft: 0/4 step in 00:00", "\rsft: 4/4 step in 00:01", "\n", "   ", "\x1b[A"):
         stream.write(text)
     assert capsys.readouterr().err == "sft: 4/4 step in 00:01\n"
 
