@@ -44,8 +44,8 @@ def _run(session: nox.Session, name: str, *args: str) -> None:
 
 @nox.session(python=False)
 def tests(session: nox.Session) -> None:
-    """The fast tests: offline, one thread."""
-    _run(session, "pytest", *session.posargs)
+    """The fast tests: offline, two processes of one thread."""
+    _run(session, "pytest", "-n", "2", *session.posargs)
 
 
 @nox.session(python=False)
