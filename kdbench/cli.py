@@ -42,7 +42,12 @@ DataRoot = Annotated[
 ]
 _RUN_HELP = "Its id or the beginning of it, its folder, or its row (the least seed, then the newest)."
 RunName = Annotated[str, typer.Argument(metavar="RUN", help=_RUN_HELP)]
-Jobs = Annotated[int, typer.Option("--jobs", min=1, help="How many at the same time.")]
+Jobs = Annotated[
+    int | None,
+    typer.Option(
+        "--jobs", min=1, help="How many at the same time; default: the CPU's cores, up to 4; GPU: 1."
+    ),
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Overrides = Annotated[
     list[str],
@@ -110,7 +115,7 @@ def run(
     board: BoardName = DEFAULT_BOARD,
     size: Annotated[str | None, typer.Option(help="One of the board's sizes.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Such as 1,2,3; default: the board's.")] = None,
-    jobs: Jobs = 1,
+    jobs: Jobs = None,
     runs: RunsDir = runs_dir(),  # noqa: B008
     data_root: DataRoot = None,
     overrides: Overrides = [],  # noqa: B006
@@ -130,17 +135,19 @@ def run(
     for name in rows:  # most mistakes are found here, before torch is imported
         config.resolve(question, chosen, name, numbers[0], overrides, axes=axes, among=rows)
     places = _places(runs, data_root)
-    commands.quiet(question.sizes[chosen].threads)
-    workers = None if dry_run else work.start(jobs, live=sys.stderr.isatty())
+    threads = question.sizes[chosen].threads
+    commands.quiet(threads)
+    workers = None if dry_run else work.start(live=sys.stderr.isatty())
     commands.check_track(track)
-    plans = commands.plans(question, chosen, rows, numbers, overrides, commands.device_of(device), places())
+    used = commands.device_of(device)
+    plans = commands.plans(question, chosen, rows, numbers, overrides, used, places())
     todo = work.jobs_of(plans)
     finished = sum(plan.complete() for plan in plans)
     _say(f"{question.id}, size {chosen}: {len(plans)} runs, {finished} of them finished already")
     if dry_run:
         print(_forecast(commands.forecast(question, chosen, plans, todo, runs)))
         return
-    work.make(todo, workers, _say)
+    work.make(todo, workers, jobs or commands.jobs_for(used, threads), _say)
     if _main_process():
         print(boards.render(boards.report(question, runs, chosen), "table"), end="")
     raise typer.Exit(_code(todo))
@@ -149,7 +156,7 @@ def run(
 @app.command()
 def tune(
     board: Annotated[str, typer.Argument(metavar="BOARD")],
-    jobs: Jobs = 1,
+    jobs: Jobs = None,
     runs: RunsDir = runs_dir(),  # noqa: B008
     data_root: DataRoot = None,
     device: Device = "auto",
@@ -165,11 +172,13 @@ def tune(
     if question.tuning is None:
         raise UserError(f"{question.id}: does not tune learning rates: its board.toml has no [tuning]")
     places = _places(runs, data_root)
-    commands.quiet(question.sizes[question.tuning.size].threads)
-    workers = work.start(jobs, live=sys.stderr.isatty())
-    trials = commands.trials(question, commands.device_of(device), places())
+    threads = question.sizes[question.tuning.size].threads
+    commands.quiet(threads)
+    workers = work.start(live=sys.stderr.isatty())
+    used = commands.device_of(device)
+    trials = commands.trials(question, used, places())
     todo = work.jobs_of([plan for plans in trials.values() for plan in plans])
-    work.make(todo, workers, _say)
+    work.make(todo, workers, jobs or commands.jobs_for(used, threads), _say)
     path = commands.write_tuning(question, trials)
     for name, tuned in config.load_board(board).tuned.items():
         tried = ", ".join(f"{one.lr:g}: {'failed' if one.score is None else f'{one.score:.2f}'}"

@@ -68,6 +68,14 @@ def device_of(name: str) -> str:
     return "cpu"
 
 
+def jobs_for(device: str, threads: int) -> int:
+    """How many runs at the same time a machine takes well: its cores, four at most, or one GPU."""
+    if device != "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(4, cores // threads))
+
+
 def plans(
     board: Board,
     size: str,

@@ -83,15 +83,18 @@ def preload() -> list[str]:
     return [name for name in names if importlib.util.find_spec(name) is not None]
 
 
-def start(count: int, live: bool) -> Workers | None:
-    """Workers for so many runs at the same time; None where `accelerate launch` started several processes."""
-    return Workers(count, live) if int(os.environ.get("WORLD_SIZE", "1")) == 1 else None
+def start(live: bool) -> Workers | None:
+    """Workers that can make runs; None where `accelerate launch` started several processes for each."""
+    return Workers(live) if int(os.environ.get("WORLD_SIZE", "1")) == 1 else None
 
 
-def make(jobs: Sequence[Job], workers: Workers | None, say: Callable[[str], None]) -> None:
-    """Make the jobs and put the outcome into each; without workers in this process, one after the other."""
+def make(jobs: Sequence[Job], workers: Workers | None, count: int, say: Callable[[str], None]) -> None:
+    """Make the jobs, `count` at a time, and put the outcome into each.
+
+    Without workers they are made in this process, one after the other.
+    """
     if workers is not None:
-        workers.run(jobs)
+        workers.run(jobs, count)
         return
     for job in jobs:
         if job.role is None:
@@ -142,9 +145,8 @@ def duration(seconds: float) -> str:
 # ------------------------------------------------------------------------------------------------ in children
 @dataclass
 class Workers:
-    """Children that make jobs, `count` at a time, started from one process that has torch loaded already."""
+    """Children that make jobs, forked from one process that has torch loaded already."""
 
-    count: int
     live: bool = False  # progress bars that move, for a terminal; else a line now and then
     _context: Any = field(init=False)
     _lock: Any = field(init=False)
@@ -174,8 +176,8 @@ class Workers:
             sys.stderr.write(f"{clear}{text}\n")
             sys.stderr.flush()
 
-    def run(self, jobs: Sequence[Job]) -> None:
-        """Make the jobs as soon as what they need is there, and put the outcome into each."""
+    def run(self, jobs: Sequence[Job], count: int) -> None:
+        """Make the jobs, `count` at a time, as soon as what they need is there; note what became of each."""
         waiting = list(jobs)
         made = [job.gives for job in jobs if job.gives]
         missing = set(made)
@@ -190,10 +192,10 @@ class Workers:
                         assert broken.outcome is not None
                         why = f"{broken.label} {broken.outcome.status}: {broken.outcome.reason}"
                         self._ended(job, Outcome(broken.outcome.status, why, 0.0), missing, failed)
-                    elif len(running) < self.count and not job.needs & missing:
+                    elif len(running) < count and not job.needs & missing:
                         waiting.remove(job)
                         taken = {slot for _, _, slot, _ in running.values()}
-                        slot = next(i for i in range(self.count) if i not in taken)
+                        slot = next(i for i in range(count) if i not in taken)
                         with _uninterrupted():  # a child that is not in the list would not be ended
                             receiver, process = self._start(job, slot)
                             running[receiver] = (job, process, slot, time.monotonic())

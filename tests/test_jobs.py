@@ -49,8 +49,8 @@ def test_stages_are_jobs_of_their_own_made_once(tmp_path: Path) -> None:
 class Pretend(Workers):
     """Workers whose jobs are threads that do what a table says, by label, and are noted."""
 
-    def __init__(self, count: int, acts: dict[str, Callable[[], Outcome]]) -> None:
-        super().__init__(count)
+    def __init__(self, acts: dict[str, Callable[[], Outcome]]) -> None:
+        super().__init__()
         self.acts, self.lines = acts, []
         self.now: set[str] = set()
         self.together: list[set[str]] = []
@@ -95,8 +95,8 @@ def test_jobs_wait_for_what_they_need_and_fill_the_slots() -> None:
         fake("c", needs=("cached",)),
     ]
     slow = {"teacher": lambda: time.sleep(0.3) or Outcome("done", "", 0.3)}  # type: ignore[func-returns-value]
-    workers = Pretend(2, slow)
-    workers.run(jobs)
+    workers = Pretend(slow)
+    workers.run(jobs, 2)
     assert all(job.outcome == Outcome("done", "", 0.01) for job in jobs[1:])
     assert workers.together[1] == {"teacher", "init"}, "stages are made at the same time"
     assert {"teacher", "c"} in workers.together, "a run that needs nothing does not wait"
@@ -114,8 +114,8 @@ def test_a_failed_stage_takes_its_runs_with_it_and_no_other() -> None:
         fake("a", needs=("t", "m")),
         fake("b"),
     ]
-    workers = Pretend(2, {"teacher": lambda: Outcome("failed", "no memory", 0.1)})
-    workers.run(jobs)
+    workers = Pretend({"teacher": lambda: Outcome("failed", "no memory", 0.1)})
+    workers.run(jobs, 2)
     assert [job.outcome.status for job in jobs if job.outcome] == ["failed", "failed", "failed", "done"]
     assert jobs[2].outcome is not None
     assert "teacher failed: no memory" in jobs[2].outcome.reason
@@ -145,7 +145,7 @@ def _lives(sender: Connection) -> None:
 
 def test_a_killed_child_is_a_failed_job_and_the_others_go_on(capfd: pytest.CaptureFixture[str]) -> None:
     jobs = [fake("dies"), fake("lives")]
-    Dying(1).run(jobs)
+    Dying().run(jobs, 1)
     assert jobs[0].outcome is not None
     assert jobs[0].outcome.status == "failed"
     assert "SIGKILL" in jobs[0].outcome.reason
@@ -192,6 +192,12 @@ def test_lines_prints_whole_lines_only(capsys: pytest.CaptureFixture[str]) -> No
     for text in ("\r", "\rsft: 0/4 step in 00:00", "\rsft: 4/4 step in 00:01", "\n", "   ", "\x1b[A"):
         stream.write(text)
     assert capsys.readouterr().err == "sft: 4/4 step in 00:01\n"
+
+
+def test_jobs_for() -> None:
+    assert commands.jobs_for("cuda", 1) == 1
+    assert commands.jobs_for("cpu", 1000) == 1
+    assert 1 <= commands.jobs_for("cpu", 1) <= 4
 
 
 @pytest.mark.parametrize(
