@@ -114,7 +114,6 @@ def test_scores_per_set_and_over_sets(tmp_path: Path) -> None:
     ]
     write_outputs(run, "b-set", one)
     write_outputs(run, "a-set", [output(1, 10, "x y z", "q", finished=False), output(1, 20, "q", "q")])
-    write_outputs(run, "dev", [output(1, 10, "x", "y")])
     record = run.add("instruction_following", 1, instruction_following.analyze(run))
 
     def value(name: str) -> float | None:

@@ -159,10 +159,10 @@ def test_no_child_outlives_its_parent(tmp_path: Path, sent: signal.Signals) -> N
     process = begin(tmp_path, "run", "sft", "kd", "--size", "debug", "--seeds", "1,2,3", "--jobs", "2")
     log = tmp_path / "log"
     until(lambda: b"started" in log.read_bytes() or process.poll() is not None, 120, "the first job")
-    until(lambda: len(processes_of(tmp_path)) >= 3, 30, "a child")
+    until(lambda: len(processes_of(tmp_path)) >= 3, 120, "a child")
     process.send_signal(sent)
-    code = process.wait(30)
-    until(lambda: not processes_of(tmp_path), 10, "the end of all children")
+    code = process.wait(120)
+    until(lambda: not processes_of(tmp_path), 60, "the end of all children")
     assert code == (-9 if sent == signal.SIGKILL else 130)
     if sent == signal.SIGINT:
         lines = log.read_text().splitlines()

@@ -207,7 +207,7 @@ def test_run_folder_reads_its_files(tmp_path: Path) -> None:
     write_json(run.path / "config.json", {"a": 1})
     (run.path / "steps.jsonl").write_text('{"step": 1}\n\n{"step": 2}\n')
     (run.path / "outputs").mkdir()
-    for name in ("dev", "vicuna", "dolly"):
+    for name in ("vicuna", "dolly"):
         (run.path / "outputs" / f"{name}.jsonl").write_text('{"response": "a\u2028b"}\n')
     (run.path / "evidence").mkdir()
     for name in ("final", "snapshot-40", "snapshot-5", "snapshot-x"):
