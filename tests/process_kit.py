@@ -1,19 +1,41 @@
 """Commands in processes of their own, for tests that kill them."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import kdbench
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process' environment with the tested package on the path, also where it is not installed."""
+    path = [str(Path(kdbench.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), **changes}
+
 
 def begin(folder: Path, *args: str) -> "subprocess.Popen[bytes]":
     """`kdbench` with these arguments; its runs, cache and log lie in `folder`."""
-    env = {**os.environ, "KDBENCH_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    env = environment(KDBENCH_CACHE=str(folder / "cache"), OMP_NUM_THREADS="1")
     command = [sys.executable, "-m", "kdbench", *args, "--runs", str(folder / "runs")]
     with (folder / "log").open("ab") as log:
-        return subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(
+            command,
+            cwd=folder,
+            env=env,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=heed_interrupts,
+        )
+
+
+def heed_interrupts() -> None:
+    """Undo an ignored SIGINT, which a background job of a shell inherits and hands on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def processes_of(folder: Path) -> list[int]:
