@@ -99,6 +99,9 @@ def _gpt2(seed: int, width: int) -> nn.Module:
             initializer_range=0.3,
         )
         model: Any = GPT2LMHeadModel(config)
+    with torch.no_grad():  # three nats more for the end of a sequence: many sampled responses have one
+        end = model.get_input_embeddings().weight[EOS]
+        model.transformer.ln_f.bias += 3 * end / end.square().sum()
     model.kdbench_encode = lambda text: [1 + ord(letter) % (VOCAB - 1) for letter in text]
     model.kdbench_pad = EOS
     return model  # type: ignore[no-any-return]
@@ -899,7 +902,7 @@ def _differ(one: Any, other: Any, path: str, done: set[int]) -> list[str]:
 
 
 # ------------------------------------------------------------------------------ several processes
-def in_processes(count: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> list[Any]:
+def in_processes(count: int, function: Callable[..., Any], *args: Any, timeout_s: float = 300.0) -> list[Any]:
     """Run `function(*args)` in `count` processes as `accelerate launch` would; return their results by rank.
 
     `function` is a top-level function of a module, so that the processes can import it. They are forked from
