@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from process_kit import environment
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -460,10 +460,8 @@ def test_a_mistake_gets_one_line_and_exit_code_2(
 
 
 # ---------------------------------------------------------------------------------------- processes and speed
-def started(*args: str, folder: Path, **env: str) -> "subprocess.CompletedProcess[str]":
-    told = {**os.environ, **env}
-    command = [sys.executable, *args]
-    return subprocess.run(command, cwd=folder, env=told, capture_output=True, text=True, check=False)
+def started(*command: str, folder: Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("command", ["report", "--help", "run --help", "list methods", "list boards"])
@@ -474,13 +472,13 @@ def test_answers_at_once_and_without_torch(command: str, ran: tuple[int, str, st
         f"code = main({command.split()!r}); used = resource.getrusage(resource.RUSAGE_SELF); "
         "print(code, 'torch' in sys.modules, used.ru_utime + used.ru_stime, file=sys.stderr)"
     )
-    found = [started("-c", code, folder=here).stderr.split()[-3:] for _ in range(3)]
+    found = [started(sys.executable, "-c", code, folder=here).stderr.split()[-3:] for _ in range(3)]
     assert all(one[:2] == ["0", "False"] for one in found)
     assert min(float(one[2]) for one in found) < 0.5
 
 
 def test_module_and_exit_code(here: Path) -> None:
-    done = started("-m", "kdbench", "run", "promtkd", folder=here)
+    done = started(sys.executable, "-m", "kdbench", "run", "promtkd", folder=here)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("kdbench: no method 'promtkd'. Did you mean 'promptkd'?")
@@ -489,8 +487,7 @@ def test_module_and_exit_code(here: Path) -> None:
 
 def test_a_closed_pipe_is_no_error(here: Path) -> None:
     script = f"{sys.executable} -m kdbench list data | head -1"
-    done = subprocess.run(["bash", "-c", script], cwd=here, capture_output=True, text=True, check=False)
-    assert done.stderr == ""
+    assert started("bash", "-c", script, folder=here).stderr == ""
 
 
 def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

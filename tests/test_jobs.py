@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from process_kit import begin, processes_of, until
+from process_kit import begin, environment, processes_of, until
 
 from kdbench import commands
 from kdbench.config import load_board
@@ -173,7 +173,7 @@ def test_no_child_outlives_its_parent(tmp_path: Path, sent: signal.Signals) -> N
 @pytest.mark.slow
 def test_accelerate_launch(tmp_path: Path) -> None:
     """Two processes make one run; only the first prints."""
-    env = {**os.environ, "KDBENCH_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    env = environment(KDBENCH_CACHE=str(tmp_path / "cache"), OMP_NUM_THREADS="1")
     launch = "-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no"
     command = "--dynamo_backend no --main_process_port 0 -m kdbench run gkd --size debug --seeds 1"
     done = subprocess.run(
