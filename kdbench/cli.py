@@ -206,6 +206,8 @@ def _forecast(lines: Sequence["Forecast"]) -> str:
         cost = ["", ""] if done else [bytes_of(one.bytes), time]
         table.append([one.label, one.id, str(one.steps), one.state, *cost])
     left = [one for one in lines if one.state != "finished"]
+    if not left:
+        return "\n".join([*_aligned(table), "", "Nothing is left to do."])
     known = [one.seconds for one in left if one.seconds is not None]
     said = f"{duration(sum(known))} one after the other" if known else "unknown"
     if known and len(known) < len(left):
