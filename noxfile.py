@@ -1,6 +1,6 @@
 """What is checked, and how: CI calls nox and nothing else, so a laptop and CI agree.
 
-`nox` runs tests, lint, types and gate with the exact versions of constraints.txt. These sessions share
+`nox` runs tests, lint, types, gate and certify with the exact versions of constraints.txt. These sessions share
 one environment, `.nox/shared`, for torch takes minutes and gigabytes to install. By hand: `nox -s slow`,
 `nox -s gpu`, and `nox -s minimums`, the tests with the lowest versions that pyproject.toml allows.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import nox
 
-nox.options.sessions = ["tests", "lint", "types", "gate"]
+nox.options.sessions = ["tests", "lint", "types", "gate", "certify"]
 nox.options.reuse_existing_virtualenvs = True
 
 ROOT = Path(__file__).resolve().parent
@@ -64,6 +64,12 @@ def types(session: nox.Session) -> None:
 def gate(session: nox.Session) -> None:
     """The regression check of every method's first updates and short scores."""
     _run(session, "kdbench", "gate")
+
+
+@nox.session(python=False)
+def certify(session: nox.Session) -> None:
+    """The fast certification of the estimators: bias and coverage where the truth is computed."""
+    _run(session, "kdbench", "certify", "--fast", *session.posargs)
 
 
 @nox.session(python=False)

@@ -1,144 +1,336 @@
 """Exposure bias: how much faster a student's error accumulates on its own prefixes than on the teacher's.
 
 Source: Arora et al. 2022, https://arxiv.org/abs/2204.01171, sec. 3 (ExAccErr); MiniLLM (Gu et al. 2024,
-https://arxiv.org/abs/2306.08543), `evaluate_exposure_bias.py`, for the variant `minillm-code`.
-Differs: the variant `alive` (scores `ex_acc_err@l`) averages each step over the responses that still run
-there, so that a change of response length alone does not move it, and measures the first response token. The
-variant `minillm-code` (scores `ex_acc_err_minillm@l`) is the script's formula; for the script's decoding it
-also needs evidence of the profile `minillm` (ban on repeated 6-grams).
+https://arxiv.org/abs/2306.08543), `evaluate_exposure_bias.py`, for `ex_acc_err_minillm`; for the other
+measures see `kdbench.estimators`.
+Differs: `ex_acc_err@l` averages each step over the responses that still run there, so that a change of response
+length alone does not move it, and measures the first response token; the published definitions are scores of
+their own. `ex_acc_err_minillm` is the script's formula on whatever decoding the evidence has; the script's
+decoding (ban on repeated 6-grams) is the profile `minillm`, scores `minillm/ex_acc_err_minillm@l`.
 
-The divergence is KL(p||q), nats, over the full vocabulary; l counts response tokens.
+Divergences are in nats over the full vocabulary, KL(p||q) unless a score's name says otherwise; l counts
+response tokens. Every interval is a 95 % interval over prompts, see `kdbench.intervals`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from kdbench import estimators
+from analyses._exposure_rows import LENGTHS, VERSION, reach, rows
+from kdbench import estimators, intervals, per_prompt
+from kdbench.errors import UserError, unknown
 from kdbench.estimators import ESTIMATORS, Array
-from kdbench.evidence import Evidence, read_evidence
+from kdbench.evidence import DIVERGENCES, Evidence, conditions, read_evidence, require_same_conditions
+from kdbench.intervals import MIN_EPSILON_NATS, MIN_SURVIVAL, VARIANTS, Difference, Estimate, Resampling
 from kdbench.record import Analysis, RecordError, RunFolder, Score
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-VERSION = 1
-LENGTHS = (1, 5, 15, 30, 50, 120, 250)
-MIN_SURVIVAL = 0.2  # below this share of running responses a step's mean says little; `alive` stops there
+__all__ = ["LENGTHS", "VERSION", "Comparison", "Settings", "analyze", "compare", "figures", "summary"]
 DIVERGENCE = "forward_kl"
 
 
-def arrays(evidence: Evidence) -> dict[str, Array]:
-    """What both variants need of evidence: `<g>_sum`, `<g>_count` [P, T], `<g>_step` [P, J], `prompt` [P].
+@dataclass(frozen=True)
+class Settings:
+    """`divergences`: those whose scores are wanted; KL(p||q) always is, the others' are prefixed by their name.
 
-    g is each of student and teacher that the evidence has as roll-in. float32 and int32, as stored.
-
-    Raises: RecordError when the two roll-ins are of different prompts.
+    `resamples`: draws of prompts per interval. Raises: UserError for an unknown divergence or under 100 draws.
     """
-    found: dict[str, Array] = {}
-    for roll_in in (name for name in evidence.roll_ins if name != "reference"):
-        values, alive, examples = evidence.matrix(roll_in, DIVERGENCE)
-        prompts, at = np.unique(examples, return_inverse=True)
-        if "prompt" in found and not np.array_equal(found["prompt"], prompts):
-            raise RecordError("the evidence has other prompts under student than under teacher roll-in.")
-        found["prompt"] = prompts
-        total, count = np.zeros((2, len(prompts), values.shape[1]))
-        np.add.at(total, at, values.astype(np.float64))
-        np.add.at(count, at, alive)
-        steps, _ = estimators.minillm_step_errors(*evidence.after(roll_in, DIVERGENCE))
-        found[f"{roll_in}_sum"] = total.astype(np.float32)
-        found[f"{roll_in}_count"] = count.astype(np.int32)
-        found[f"{roll_in}_step"] = steps.astype(np.float32)
-    return found
+
+    divergences: list[str] = field(default_factory=lambda: [DIVERGENCE])
+    resamples: int = intervals.DEFAULT.resamples
+
+    def __post_init__(self) -> None:
+        for name in self.divergences:
+            if name not in DIVERGENCES:
+                raise unknown("divergence", name, DIVERGENCES)
+        if self.resamples < 100:
+            raise UserError(f"resamples: an interval needs 100 or more, not {self.resamples}.")
 
 
-# score, estimator, its inputs (of both roll-ins, or of one), args, unit, direction
-_ALIVE: tuple[tuple[str, str, str, dict[str, str], str, str], ...] = (
-    ("ex_acc_err", "ex_acc_err_alive", "sum count", {}, "%", "lower"),
-    ("accumulated_error", "accumulated_error_nats", "sum count", {"roll_in": "student"}, "nats", "lower"),
-    ("teacher_error", "accumulated_error_nats", "sum count", {"roll_in": "teacher"}, "nats", "none"),
-    ("survival", "survival", "count", {"roll_in": "student"}, "", "none"),
-    ("teacher_survival", "survival", "count", {"roll_in": "teacher"}, "", "none"),
-)
-_MINILLM: tuple[tuple[str, str, str, dict[str, str], str, str], ...] = (
-    ("ex_acc_err_minillm", "ex_acc_err_minillm", "step", {}, "%", "lower"),
-    ("accumulated_error_minillm", "minillm_error_nats", "step", {"roll_in": "student"}, "nats", "lower"),
-    ("teacher_error_minillm", "minillm_error_nats", "step", {"roll_in": "teacher"}, "nats", "none"),
-)
-_LENGTH: tuple[tuple[str, str, str, dict[str, str], str, str], ...] = (
-    ("length", "mean_length_tokens", "count", {"roll_in": "student"}, "tokens", "none"),
-    ("teacher_length", "mean_length_tokens", "count", {"roll_in": "teacher"}, "tokens", "none"),
-)
+# ------------------------------------------------------------------------------------------------- the scores
+@dataclass(frozen=True)
+class _Row:
+    """One score, at every l of `LENGTHS` unless `whole`.
 
-
-def _score(
-    found: Mapping[str, Array],
-    row: tuple[str, str, str, dict[str, str], str, str],
-    args: dict[str, Any],
-    detail: dict[str, Any],
-) -> Score:
-    _, estimator, inputs, more, unit, direction = row
-    sides = [more["roll_in"]] if "roll_in" in more else ["student", "teacher"]
-    names = [f"{side}_{one}" for side in sides for one in inputs.split()] + ["prompt"]
-    args = {**args, **more}
-    weights = np.ones((1, len(found["prompt"])))
-    value = float(ESTIMATORS[estimator]({name: found[name] for name in names}, weights, **args)[0])
-    if not np.isfinite(value):
-        detail = {**detail, "undefined": "the teacher's own error is 0, so there is no ratio"}
-    usable = value if np.isfinite(value) else None
-    return Score(
-        usable, unit, weights.size, direction, estimator, {name: name for name in names}, args, detail
-    )
-
-
-def _survival(found: Mapping[str, Array], length: int) -> float:
-    """The smaller share of responses with at least `length` tokens, of both roll-ins."""
-    ones = np.ones((1, len(found["prompt"])))
-    sides = ("student", "teacher")
-    return min(float(estimators.survival(found, ones, length=length, roll_in=side)[0]) for side in sides)
-
-
-def analyze(run: RunFolder) -> Analysis:
-    """Scores at every l of `LENGTHS` as far as the data reach, and `length`, `teacher_length` (tokens).
-
-    `ex_acc_err@l` (%), `accumulated_error@l` = R(l) and `teacher_error@l` = l epsilon(l) (nats), `survival@l`
-    and `teacher_survival@l` (share of responses with l tokens or more); `ex_acc_err_minillm@l`,
-    `accumulated_error_minillm@l`, `teacher_error_minillm@l`. `alive` reaches to a survival of `MIN_SURVIVAL`
-    under both roll-ins, `minillm-code` to the longest response allowed; `detail` says what was left out and
-    holds the whole curves, also of every snapshot of training.
-
-    Raises: RecordError where evidence is missing or lacks a roll-in.
+    `inputs`: names of arrays, '*' standing for the roll-in of `args`, or for student and teacher. `running`:
+    conditional on running, so left out where survival is low. `first`: the least l at which it is defined. An
+    argument `length` of 0 stands for max_new_tokens.
     """
-    evidence = _read(run.evidence)
-    found = arrays(evidence)
-    longest = evidence.manifest.max_new_tokens
-    about = {"profile": evidence.manifest.profile, "max_new_tokens": longest}
-    scores, left_out = {}, {}
-    for row in _LENGTH:
-        scores[row[0]] = _score(found, row, {}, about)
-    for length in LENGTHS:
-        for row in _MINILLM if length <= longest else ():
-            scores[f"{row[0]}@{length}"] = _score(found, row, {"length": length}, about)
-        alive = _survival(found, length)
-        if alive >= MIN_SURVIVAL:
-            for row in _ALIVE:
-                scores[f"{row[0]}@{length}"] = _score(found, row, {"length": length}, about)
-        elif length <= longest:
-            left_out[f"ex_acc_err@{length}"] = f"survival {alive:.3f} is below {MIN_SURVIVAL}"
-        else:
-            left_out[f"ex_acc_err@{length}"] = f"responses have at most {longest} tokens"
-    snapshots = [{"step": step, **_snapshot(_read(path, light=True))} for step, path in run.snapshots()]
+
+    name: str
+    estimator: str
+    inputs: str
+    unit: str = ""
+    direction: str = "none"
+    args: Mapping[str, Any] = field(default_factory=dict)
+    running: bool = False
+    first: int = 1
+    variant: str = ""
+    whole: bool = False
+
+    @property
+    def arrays(self) -> list[str]:
+        """The names of its arrays."""
+        if self.variant:
+            return list(VARIANTS[self.variant].arrays)
+        sides = [self.args["roll_in"]] if "roll_in" in self.args else ["student", "teacher"]
+        return list(dict.fromkeys(n.replace("*", side) for side in sides for n in self.inputs.split()))
+
+    @property
+    def counts(self) -> list[str]:
+        """The arrays that say who still runs."""
+        mine = [name for name in self.arrays if name.endswith("_count")]
+        return mine if self.variant else ["student_count", "teacher_count"]
+
+
+def _both(name: str, *row: Any, teacher: str = "", **more: Any) -> tuple[_Row, _Row]:
+    """A score under the student's roll-in and, as `teacher` or `teacher_<name>`, under the teacher's."""
+    args = more.pop("args", {})
+    one = _Row(name, *row, args={**args, "roll_in": "student"}, **more)
+    named = teacher or f"teacher_{name}"
+    return one, replace(one, name=named, direction="none", args={**args, "roll_in": "teacher"})
+
+
+def _variant(name: str, variant: str, running: bool) -> _Row:
+    found = VARIANTS[variant]
+    return _Row(name, found.estimator, found.inputs, found.unit, "lower", running=running, variant=variant)
+
+
+_SUMS = "*_sum *_count"
+_ERROR, _MINILLM = "accumulated_error", "accumulated_error_minillm"
+_ROWS: tuple[_Row, ...] = (
+    *_both("length", "mean_length_tokens", "*_count", "tokens", whole=True),
+    _variant("ex_acc_err", "alive", True),
+    *_both(_ERROR, "accumulated_error_nats", _SUMS, "nats", "lower", running=True, teacher="teacher_error"),
+    *_both("survival", "survival", "*_count", running=True),
+    _variant("ex_acc_err_minillm", "minillm-code", False),
+    *_both(_MINILLM, "minillm_error_nats", "*_step", "nats", "lower", teacher="teacher_error_minillm"),
+    _variant("ex_acc_err_matched", "matched", True),
+    _variant("ex_acc_err_arora_paper", "arora22-paper", False),
+    _variant("ex_acc_err_arora_code", "arora22-code", True),
+    _variant("excess", "abs", True),
+    _Row("length_term", "length_term_nats", _SUMS, "nats"),
+    _Row("state_term", "state_term_nats", _SUMS, "nats", "lower"),
+    *_both("growth_exponent", "growth_exponent", _SUMS, "", "lower", running=True, first=2),
+    _Row("eb_c", "eb_c", _SUMS, "", "lower", running=True),
+    _Row("state_shift", "state_shift_nats", "student_reverse_kl student_count", "nats", "lower"),
+    _Row("state_shift_reverse", "state_shift_reverse_nats", "teacher_forward_kl teacher_count", "nats", "lower"),
+    *_both("acceptance", "acceptance", "*_total_variation *_count", "", "higher"),
+    _Row("acceptance_drop", "acceptance_drop", "*_total_variation *_count", "", "lower"),
+    _Row("teacher_entropy_rise", "teacher_entropy_rise", "*_teacher_entropy *_count", "nats", "lower"),
+    _Row("teacher_surprise_rise", "teacher_surprise_rise", "*_surprise *_count", "nats", "lower"),
+    *_both("entropy_drift", "entropy_drift", "*_student_entropy *_count", "nats/token", running=True, first=2),
+    _Row("eos_hazard_ratio", "eos_hazard_ratio", "*_ended *_count"),
+    *_both("seq_rep_4", "seq_rep", "*_seq_rep_4 *_seq_rep_4_count", args={"n": 4}, whole=True),
+    *(
+        row
+        for window in per_prompt.WINDOWS
+        for row in _both(
+            f"rep_{window}", "rep", f"*_rep_{window} *_count", args={"window": window, "length": 0}, whole=True
+        )
+    ),
+    *_both("loop_rate", "loop_rate", "*_loop *_count", "", "lower", whole=True),
+    *_both("loop_onset", "loop_onset_tokens", "*_loop", "tokens", whole=True),
+    *_both("stop_rate", "stop_rate", "*_ended *_count", args={"length": 0}, whole=True),
+    *_both("truncation_rate", "truncation_rate", "*_ended *_count", args={"length": 0}, whole=True),
+    *(
+        row
+        for percent in (10, 50, 90)
+        for row in _both(
+            f"length_q{percent}",
+            "length_quantile_tokens",
+            "*_count",
+            "tokens",
+            args={"level": percent / 100},
+            whole=True,
+        )
+    ),
+)
+
+
+def _of_divergence(name: str) -> bool:
+    """Whether an array depends on the divergence chosen."""
+    return name.endswith(("_sum", "_running", "_context", "_step"))
+
+
+@dataclass
+class _Scorer:
+    """Scores of one evidence file under one divergence; `keys`: what the arrays are stored as."""
+
+    found: Mapping[str, Array]
+    keys: Mapping[str, str]
+    longest: int
+    how: Resampling
+
+    def survival(self, counts: Sequence[str], length: int) -> float:
+        """The least share of responses with `length` tokens or more."""
+        ones = np.ones((1, len(self.found["prompt"])))
+        shares = [estimators.survival({"student_count": self.found[name]}, ones, length) for name in counts]
+        return min(float(share[0]) for share in shares)
+
+    def score(self, row: _Row, prefix: str, left_out: dict[str, str]) -> dict[str, Score]:
+        """The row's scores by name; what is left out is put into `left_out` with the reason."""
+        inputs = {name: self.found[name] for name in [*row.arrays, "prompt"]}
+        if row.whole:
+            return {row.name: self._scores(row, inputs, [self.longest])[0]}
+        lengths, low = [], {}
+        for length in (one for one in LENGTHS if row.first <= one <= self.longest):
+            share = self.survival(row.counts, length)
+            if share < MIN_SURVIVAL and row.running:
+                left_out[f"{prefix}{row.name}@{length}"] = f"survival {share:.3f} is below {MIN_SURVIVAL}"
+                continue
+            if share < MIN_SURVIVAL:
+                low[length] = f"survival at l = {length} is {share:.3f}, below {MIN_SURVIVAL}."
+            lengths.append(length)
+        made = self._scores(row, inputs, lengths) if lengths else []
+        for length, score in zip(lengths, made, strict=True):
+            if length in low:
+                score.detail["warning"] = " ".join([low[length], score.detail.get("warning", "")]).strip()
+        return {f"{row.name}@{length}": score for length, score in zip(lengths, made, strict=True)}
+
+    def _scores(self, row: _Row, inputs: Mapping[str, Array], lengths: Sequence[int]) -> list[Score]:
+        function, ones = ESTIMATORS[row.estimator], np.ones((1, len(inputs["prompt"])))
+        ratio = bool(row.variant) and row.unit == "%"
+        # exactly no error: 0 with [0, 0], though there is no ratio
+        nothing = ratio and not any(np.any(inputs[name]) for name in row.arrays if _of_divergence(name))
+        table = _resampled(row, lengths, self.longest)
+        points, lows, highs = intervals.band(table, inputs, 0, how=self.how)
+        made = []
+        for i, length in enumerate(lengths):
+            args = dict(row.args)
+            if not row.whole or "length" in args:
+                args["length"] = length
+            value = float(function(inputs, ones, **args)[0])
+            detail: dict[str, Any] = dict(zip(("low", "high"), _numbers([lows[i], highs[i]]), strict=True))
+            if ratio and not nothing and not lows[i + 2 * len(lengths)] / length >= MIN_EPSILON_NATS:
+                at = i + len(lengths)
+                excess = _numbers([points[at], lows[at], highs[at]])
+                warning = f"epsilon may be under {MIN_EPSILON_NATS:g} nats: no ratio, R - l epsilon instead."
+                detail = {"low": None, "high": None, "warning": warning}
+                detail["excess_nats"] = dict(zip(("value", "low", "high"), excess, strict=True))
+                value = np.nan
+            elif not np.isfinite(value):
+                detail["warning"] = "not defined on these responses."
+            elif detail["low"] is None:
+                detail["warning"] = "no interval: not defined in too many resamples."
+            usable = value if np.isfinite(value) else None
+            arrays = {name: self.keys[name] for name in inputs}
+            made.append(
+                Score(usable, row.unit, ones.size, row.direction, row.estimator, arrays, args, detail)
+            )
+        return made
+
+
+def _numbers(values: Sequence[float] | Array, digits: int = 10) -> list[float | None]:
+    return [round(float(value), digits) if np.isfinite(value) else None for value in values]
+
+
+def _at_each(name: str, lengths: Sequence[int]) -> Callable[..., Array]:
+    """f(arrays, weights, **args) -> [R, L]: an estimator at each length, from its curve where it has one."""
+    curve = getattr(estimators, f"{name.removesuffix('_nats')}_curve", None)
+    curve = curve or getattr(estimators, f"{name}_curve", None)
+    if curve is None:
+        one = ESTIMATORS[name]
+        return lambda arrays, weights, **args: np.stack(
+            [one(arrays, weights, length=length, **args) for length in lengths], axis=1
+        )
+    at, longest = np.asarray(lengths) - 1, max(lengths)
+    return lambda arrays, weights, **args: curve(arrays, weights, longest, **args)[:, at]
+
+
+def _resampled(row: _Row, lengths: Sequence[int], longest: int) -> Callable[..., Array]:
+    """f(arrays, weights, length) -> [R, L], or of a ratio [R, 3 L]: ratio (%), R - E and E (nats)."""
+    if row.whole:
+        args = {**row.args, **({"length": longest} if "length" in row.args else {})}
+        return lambda arrays, weights, length: ESTIMATORS[row.estimator](arrays, weights, **args)[:, None]
+    if not row.variant or row.unit != "%":
+        take = _at_each(row.estimator, lengths)
+        return lambda arrays, weights, length: take(arrays, weights, **row.args)
+    error, oracle = _at_each(VARIANTS[row.variant].error, lengths), VARIANTS[row.variant].oracle
+
+    def table(arrays: Mapping[str, Array], weights: Array, length: int) -> Array:
+        student, own = error(arrays, weights), error(arrays, weights, roll_in=oracle)
+        return np.concatenate([estimators.excess(student, own), student - own, own], axis=1)
+
+    return table
+
+
+def analyze(run: RunFolder, settings: Settings | None = None) -> Analysis:
+    """Scores at every l of `LENGTHS` as far as the data reach (`<name>@l`) and of whole responses.
+
+    ExAccErr (%) by definition, `ex_acc_err` (alive), `_matched`, `_arora_paper`, `_arora_code`, `_minillm`, and
+    R - l epsilon `excess` (nats); `accumulated_error` = R(l), `teacher_error` = l epsilon(l), and both
+    `_minillm` (nats); `length_term` + `state_term` (nats); `growth_exponent`, `eb_c`, `state_shift`,
+    `acceptance`, reliability of the teacher, entropy drift, survival, lengths, stopping and repetition as
+    `kdbench.estimators` has them; under the teacher's roll-in they are named `teacher_<name>`. Prefixes:
+    `<profile>/` for further decoding profiles, `<divergence>/` for further divergences.
+
+    A score's detail holds `low` and `high` of its interval and, where there is something to say, `warning`.
+    What is conditional on running reaches to a survival of `MIN_SURVIVAL`. The analysis' detail says what was
+    `left_out` and why, under which `conditions` the evidence was made, and holds the whole curves, also of
+    every snapshot of training.
+
+    Raises: RecordError where evidence is missing or damaged or lacks a roll-in.
+    """
+    chosen = settings or Settings()
+    how = replace(intervals.DEFAULT, resamples=chosen.resamples)
+    scores: dict[str, Score] = {}
+    arrays: dict[str, Array] = {}
+    left_out: dict[str, str] = {}
+    about: dict[str, dict[str, Any]] = {}
+    for profile in ("", *run.profiles()):
+        prefix = f"{profile}/" if profile else ""
+        evidence = _read(run.evidence_of(profile))
+        longest = evidence.manifest.max_new_tokens
+        about[profile] = {
+            "profile": evidence.manifest.profile,
+            "max_new_tokens": longest,
+            "conditions": conditions(evidence.manifest),
+        }
+        for length in (length for length in LENGTHS if length > longest):
+            left_out[f"{prefix}ex_acc_err@{length}"] = f"responses have at most {longest} tokens"
+        for divergence in dict.fromkeys((DIVERGENCE, *chosen.divergences)):
+            own = "" if divergence == DIVERGENCE else f"{divergence}/"
+            found = per_prompt.arrays(evidence, divergence)
+            keys = {name: prefix + (own if _of_divergence(name) else "") + name for name in found}
+            arrays |= {keys[name]: value for name, value in found.items()}
+            scorer = _Scorer(found, keys, longest, how)
+            for row in _ROWS:
+                if own and not any(_of_divergence(name) for name in row.arrays):
+                    continue
+                try:
+                    if row.variant:
+                        intervals.require(row.variant, found)
+                    made = scorer.score(row, prefix + own, left_out)
+                except RecordError as error:
+                    left_out[f"{prefix}{own}{row.name}"] = str(error)
+                    continue
+                scores |= {prefix + own + name: score for name, score in made.items()}
+            if not prefix and not own:
+                about[""]["curve"] = curve(found)
+                left_out |= _published_elsewhere(found, evidence.manifest.profile, run.profiles())
     detail = {
-        **about,
+        **about.pop(""),
         "divergence": DIVERGENCE,
         "left_out": left_out,
-        "curve": curve(found),
-        "snapshots": snapshots,
+        "profiles": about,
+        "snapshots": [{"step": step, **_snapshot(_read(path, light=True))} for step, path in run.snapshots()],
     }
-    return Analysis(scores, found, detail)
+    return Analysis(scores, arrays, detail)
+
+
+def _published_elsewhere(found: Mapping[str, Array], profile: str, others: Sequence[str]) -> dict[str, str]:
+    """The published definitions whose decoding no evidence of the run has, and what to collect."""
+    out = {}
+    for name, variant in VARIANTS.items():
+        if variant.profile not in ("", profile, *others):
+            try:
+                intervals.require(name, found, profile)
+            except RecordError as error:
+                out[f"{variant.profile}/{variant.estimator}"] = str(error)
+    return out
 
 
 def _read(path: Path, light: bool = False) -> Evidence:
@@ -150,25 +342,10 @@ def _read(path: Path, light: bool = False) -> Evidence:
     return evidence
 
 
-def _numbers(values: NDArray[Any]) -> list[float | None]:
-    return [round(float(value), 6) if np.isfinite(value) else None for value in values]
-
-
-def _reach(found: Mapping[str, Array]) -> int:
-    """The longest l with a survival of `MIN_SURVIVAL` under every roll-in present."""
-    ones = np.ones((1, len(found["prompt"])))
-    reach = []
-    for side in (side for side in ("student", "teacher") if f"{side}_count" in found):
-        length = found[f"{side}_count"].shape[1]
-        alive = estimators.survival_curve(found, ones, length, side)[0]
-        reach.append(int((alive >= MIN_SURVIVAL).sum()))
-    return min(reach)
-
-
 def curve(found: Mapping[str, Array]) -> dict[str, list[float | None]]:
-    """The variant `alive` for l = 1, 2, ... as far as it reaches, as lists under the scores' names."""
+    """ExAccErr (alive), both errors and survival for l = 1, 2, ... as far as they reach, as lists."""
     ones = np.ones((1, len(found["prompt"])))
-    length = _reach(found)
+    length = reach(found)
     lists = {
         "accumulated_error": estimators.accumulated_error_curve(found, ones, length)[0],
         "survival": estimators.survival_curve(found, ones, length)[0],
@@ -177,131 +354,120 @@ def curve(found: Mapping[str, Array]) -> dict[str, list[float | None]]:
         lists["ex_acc_err"] = estimators.ex_acc_err_alive_curve(found, ones, length)[0]
         lists["teacher_error"] = estimators.accumulated_error_curve(found, ones, length, "teacher")[0]
         lists["teacher_survival"] = estimators.survival_curve(found, ones, length, "teacher")[0]
-    return {name: _numbers(values) for name, values in lists.items()}
+    return {name: _numbers(values, 6) for name, values in lists.items()}
 
 
 def _snapshot(evidence: Evidence) -> dict[str, Any]:
     """A snapshot's curve and mean length, and `minillm-code` over l where the teacher's roll-in is there."""
-    found = arrays(evidence)
+    found = per_prompt.arrays(evidence)
     ones = np.ones((1, len(found["prompt"])))
     out: dict[str, Any] = {**curve(found), "prompts": len(found["prompt"])}
     out["length"] = round(float(estimators.mean_length_tokens(found, ones)[0]), 6)
     if "teacher_step" in found:
         longest = evidence.manifest.max_new_tokens
-        out["ex_acc_err_minillm"] = _numbers(estimators.ex_acc_err_minillm_curve(found, ones, longest)[0])
+        out["ex_acc_err_minillm"] = _numbers(estimators.ex_acc_err_minillm_curve(found, ones, longest)[0], 6)
     return out
 
 
-# ---------------------------------------------------------------------------------------------------- figures
-_RESAMPLES = 1000
-_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+# ---------------------------------------------------------------------------------------- paired comparison
+@dataclass(frozen=True)
+class Comparison:
+    """A score of two methods: each with its interval, and their difference, the first less the second."""
+
+    score: str
+    a: Estimate
+    b: Estimate
+    difference: Difference
 
 
-def _band(runs: Sequence[Mapping[str, Array]], function: str, roll_in: str | None) -> tuple[Array, Array]:
-    """(point [L], interval [2, L]): the mean over runs of a curve, with a 95 % interval over prompts."""
-    length = min(_reach(found) for found in runs)
-    count = len(runs[0]["prompt"])
-    generator = np.random.default_rng(0)
-    weights = generator.multinomial(count, np.full(count, 1 / count), size=_RESAMPLES).astype(np.float64)
-    take = getattr(estimators, function)
-    args = (length,) if roll_in is None else (length, roll_in)
-    points = [take(found, np.ones((1, len(found["prompt"]))), *args)[0] for found in runs]
-    same = all(np.array_equal(found["prompt"], runs[0]["prompt"]) for found in runs)
-    draws = [take(found, weights, *args) for found in runs] if same else [np.stack(points)]
-    return np.mean(points, axis=0), np.nanpercentile(np.mean(draws, axis=0), [2.5, 97.5], axis=0)
+def compare(
+    runs_a: Sequence[RunFolder],
+    runs_b: Sequence[RunFolder],
+    scores: Sequence[str],
+    how: Resampling = intervals.DEFAULT,
+) -> list[Comparison]:
+    """Compare two methods prompt by prompt; a list per method, one run per training seed, in any order.
 
+    `scores`: full names, of any analysis, e.g. 'exposure_bias/ex_acc_err@30'.
 
-def figures(runs: RunFolder | Sequence[RunFolder], out: Path) -> list[Path]:
-    """Draws PNG and SVG files into `out` and returns their paths; runs of one row are averaged.
-
-    `ex_acc_err`: ExAccErr over l; `errors`: R(l) and l epsilon(l); `survival`; `ex_acc_err_training`: over
-    optimizer steps, where the runs have snapshots. Bands are 95 % bootstrap intervals over prompts.
+    Raises: RecordError, naming what differs, where the two have other prompts, teachers, decoding settings,
+    tasks, training seeds or definitions of a score; UserError where a run has no such score, or none with
+    values per prompt.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
+    sides = [sorted(((run, run.record) for run in side), key=lambda x: x[1].seed) for side in (runs_a, runs_b)]
+    seeds = [[record.seed for _, record in side] for side in sides]
+    if len(seeds[0]) != len(seeds[1]) or (len(seeds[0]) > 1 and seeds[0] != seeds[1]):
+        said = " and ".join(", ".join(map(str, one)) or "none" for one in seeds)
+        raise RecordError(f"a comparison needs the same training seeds: {said}.")
+    loaded = [[(run, record, run.arrays()) for run, record in side] for side in sides]
+    out = []
+    first, first_record, _ = loaded[0][0]
+    for name in scores:
+        inputs: list[list[dict[str, Array]]] = []
+        like: Score | None = None
+        for side in loaded:
+            inputs.append([])
+            for run, record, arrays in side:
+                if name not in record.scores:
+                    raise unknown("score", name, record.scores, str(run.path))
+                score = record.scores[name]
+                if score.estimator is None:
+                    raise UserError(f"{run.path}: {name} has no values per prompt to compare by.")
+                like = like or score
+                if (score.estimator, score.args) != (like.estimator, like.args):
+                    raise RecordError(f"{first.path} and {run.path}: {name} is another estimator or argument.")
+                if record.task != first_record.task:
+                    raise RecordError(f"{first.path} and {run.path}: {name} is of another task or revision.")
+                told = [_conditions(one, name) for one in (first_record, record)]
+                require_same_conditions(told[0], told[1], (str(first.path), str(run.path)))
+                inputs[-1].append({key: arrays[stored] for key, stored in score.arrays.items()})
+        assert like is not None and like.estimator is not None
+        a, b = (
+            intervals.estimate(like.estimator, side, like.args, unit=like.unit, how=how) for side in inputs
+        )
+        apart = intervals.paired(like.estimator, *inputs, like.args, unit=like.unit, how=how)
+        out.append(Comparison(name, a, b, apart))
+    return out
 
-    matplotlib.use("Agg", force=False)
-    import seaborn as sns
 
-    folders = [runs] if isinstance(runs, RunFolder) else list(runs)
-    rows: dict[str, list[dict[str, Array]]] = {}
-    training: dict[str, list[list[dict[str, Any]]]] = {}
-    for folder in folders:
-        record = folder.record
-        if "exposure_bias" not in record.analyses:
-            raise RecordError(f"{folder.path}: has no scores of exposure_bias yet.")
-        mine = folder.arrays().items()
-        prefix = "exposure_bias/"
-        found = {key.removeprefix(prefix): value for key, value in mine if key.startswith(prefix)}
-        rows.setdefault(record.row, []).append(found)
-        snapshots = record.analyses["exposure_bias"]["detail"]["snapshots"]
-        if snapshots:
-            training.setdefault(record.row, []).append(snapshots)
-    colors = dict(zip(rows, sns.color_palette("colorblind", len(rows)), strict=True))
-    look = {row: (_STYLES[i % len(_STYLES)], _MARKERS[i % len(_MARKERS)]) for i, row in enumerate(rows)}
-    out.mkdir(parents=True, exist_ok=True)
-    paths: list[Path] = []
+def _conditions(record: Any, name: str) -> Mapping[str, Any]:
+    """The conditions of the evidence that a score was computed from; {} where its analysis has none."""
+    analysis, profile, *_ = [*name.split("/"), ""]
+    detail = record.analyses.get(analysis, {}).get("detail", {})
+    found: Mapping[str, Any] = detail.get("profiles", {}).get(profile, detail).get("conditions", {})
+    return found
 
-    def axes(x: str, y: str) -> "tuple[Figure, Axes]":
-        figure = Figure(figsize=(7.5, 4), layout="constrained")
-        ax = figure.subplots()
-        ax.set(xlabel=x, ylabel=y)
-        return figure, ax
 
-    def finish(figure: Figure, ax: "Axes", name: str) -> None:
-        ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
-        ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-        for suffix in ("png", "svg"):
-            paths.append(out / f"{name}.{suffix}")
-            figure.savefig(paths[-1], dpi=150)
+# ---------------------------------------------------------------------------------------- figures and summary
+def figures(runs: RunFolder | Sequence[RunFolder], out: Path) -> list[Path]:
+    """Draw PNG and SVG files into `out`, write `summary-<row>.md` for each row, and return their paths.
 
-    def draw(ax: "Axes", row: str, function: str, roll_in: str | None, label: str, solid: bool) -> None:
-        point, interval = _band(rows[row], function, roll_in)
-        style, marker = look[row]
-        x = np.arange(1, len(point) + 1)
-        fill = colors[row] if solid else "none"
-        ax.plot(x, point, color=colors[row], linestyle=style, marker=marker, label=label, markersize=5,
-                markevery=max(1, len(x) // 8), markerfacecolor=fill)  # fmt: skip
-        ax.fill_between(x, interval[0], interval[1], color=colors[row], alpha=0.15, linewidth=0)
+    Runs of one row are averaged; bands and marks are 95 % intervals over prompts, and over training seeds where
+    there are three or more. See `analyses._exposure_figures` for the figures.
 
-    with sns.axes_style("ticks"):
-        figure, ax = axes("generation step l (tokens)", "ExAccErr(l) (%)")
-        for row in rows:
-            draw(ax, row, "ex_acc_err_alive_curve", None, row, True)
-        finish(figure, ax, "ex_acc_err")
-        figure, ax = axes("generation step l (tokens)", "accumulated KL(p||q) (nats)")
-        for row in rows:
-            draw(ax, row, "accumulated_error_curve", "student", f"{row}: R(l)", True)
-            draw(ax, row, "accumulated_error_curve", "teacher", f"{row}: l ε(l)", False)
-        finish(figure, ax, "errors")
-        figure, ax = axes("generation step l (tokens)", "share of responses with l tokens")
-        for row in rows:
-            draw(ax, row, "survival_curve", "student", row, True)
-            draw(ax, row, "survival_curve", "teacher", f"{row}: teacher", False)
-        finish(figure, ax, "survival")
-        length = _common_length(training)
-        if length:
-            figure, ax = axes("optimizer steps", f"ExAccErr({length}) (%)")
-            for row, per_run in training.items():
-                steps = [snapshot["step"] for snapshot in per_run[0]]
-                every = [[one["ex_acc_err"][length - 1] for one in one_run] for one_run in per_run]
-                every = [values for values in every if len(values) == len(steps)]
-                style, marker = look[row]
-                ax.plot(
-                    steps,
-                    np.mean(every, axis=0),
-                    color=colors[row],
-                    linestyle=style,
-                    marker=marker,
-                    label=row,
-                )
-            finish(figure, ax, "ex_acc_err_training")
+    Raises: RecordError where a run has no scores, or where runs were made under different conditions.
+    """
+    from analyses._exposure_figures import draw
+    from analyses._exposure_summary import write
+    from kdbench.record import atomic
+
+    found = rows(runs)
+    paths = draw(found, out)
+    for row in found:
+        paths.append(out / f"summary-{row.name}.md")
+        with atomic(paths[-1]) as file:
+            file.write(write(row).encode())
     return paths
 
 
-def _common_length(training: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> int:
-    """The largest l of `LENGTHS` that every snapshot reaches with an ExAccErr; 0 where there is none."""
-    curves = [one.get("ex_acc_err", []) for runs in training.values() for run in runs for one in run]
-    reach = min((len([v for v in values if v is not None]) for values in curves), default=0)
-    return max((length for length in LENGTHS if length <= reach), default=0)
+def summary(runs: RunFolder | Sequence[RunFolder]) -> str:
+    """One page of Markdown on the runs of one row, see `analyses._exposure_summary`.
+
+    Raises: RecordError where the runs are of several rows, or as `figures` does.
+    """
+    from analyses._exposure_summary import write
+
+    found = rows(runs)
+    if len(found) != 1:
+        raise RecordError(f"a summary is of one row, not of {', '.join(row.name for row in found) or 'none'}.")
+    return write(found[0])

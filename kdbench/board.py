@@ -317,21 +317,10 @@ def _prompt_weights(stratum: "Array", identity: str, chunk: int) -> "Array":
 
 @cache
 def seed_weights(seeds: tuple[int, ...]) -> "Array":
-    """[RESAMPLES, S]: the weight of each training seed in each resample, see the module's docstring.
+    """[RESAMPLES, S]: `kdbench.intervals.seed_weights`; `seeds` are sorted."""
+    from kdbench import intervals
 
-    `seeds` are sorted, so that equal sets of seeds get equal weights. One seed has weight 1.
-    """
-    import numpy as np
-    from scipy.special import ndtri, stdtrit
-
-    count = len(seeds)
-    if count == 1:
-        return np.ones((RESAMPLES, 1))
-    generator = np.random.default_rng([_SEED, count, *(seed % 2**32 for seed in seeds)])
-    drawn = generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-    expansion = math.sqrt(count / (count - 1)) * stdtrit(count - 1, 0.975) / ndtri(0.975)
-    weights: Array = 1 / count + expansion * (drawn / count - 1 / count)
-    return weights
+    return intervals.seed_weights(seeds, RESAMPLES)
 
 
 def _cells(

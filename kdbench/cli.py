@@ -1,6 +1,7 @@
 """The command line: it parses and prints, nothing else. Only the commands that need torch import it."""
 
 import ast
+import dataclasses
 import os
 import sys
 import textwrap
@@ -18,7 +19,7 @@ from kdbench.paths import cache_dir, configs_dir, runs_dir
 if TYPE_CHECKING:
     from kdbench.commands import Forecast
     from kdbench.jobs import Job
-    from kdbench.record import RunFolder
+    from kdbench.record import RunFolder, Score
     from kdbench.stages import Places
 
 DEFAULT_BOARD = "tiny-instruct/v1"
@@ -41,6 +42,7 @@ DataRoot = Annotated[
     ),
 ]
 _RUN_HELP = "Its id or the beginning of it, its folder, or its row (the least seed, then the newest)."
+_RUNS_HELP = "A run as in `kdbench show`, a row, or a board such as tiny-instruct/v1: all its finished runs."
 RunName = Annotated[str, typer.Argument(metavar="RUN", help=_RUN_HELP)]
 Jobs = Annotated[
     int | None,
@@ -314,35 +316,122 @@ def _beside(texts: Sequence[str]) -> list[str]:
 
 @app.command()
 def analyze(
-    names: Annotated[list[str], typer.Argument(metavar="RUN...", help=_RUN_HELP)],
+    names: Annotated[list[str], typer.Argument(metavar="RUN|BOARD...", help=_RUNS_HELP)],
     analysis: Annotated[
         list[str], typer.Option("--analysis", help="Repeatable; default: those of the board.")
     ] = [],  # noqa: B006
-    figures: Annotated[Path | None, typer.Option(help="Folder; default: in the first run's.")] = None,
+    figures: Annotated[
+        Path | None,
+        typer.Option(help="Folder; default: `figures` in the run's or in the board's folder of runs."),
+    ] = None,
+    overrides: Annotated[
+        list[str],
+        typer.Option(
+            "--set",
+            metavar="ANALYSIS.KEY=VALUE",
+            help="Change a setting of an analysis, for example exposure_bias.divergences='[\"jsd\"]'.",
+        ),
+    ] = [],  # noqa: B006
     runs: RunsDir = runs_dir(),  # noqa: B008
 ) -> None:
-    """Compute scores and figures again from what runs saved.
+    """Compute scores and figures again from what runs saved; no model is loaded.
 
-    The scores go into the runs' records.
+    The scores go into the runs' records. Runs of one row are drawn together.
     """
-    from kdbench.commands import find_run
+    from kdbench import commands
 
-    folders = [find_run(name, runs) for name in names]
+    folders = [folder for name in names for folder in commands.find_runs(name, runs)]
     chosen = analysis or list(dict.fromkeys(name for folder in folders for name in folder.record.analyses))
     modules = {name: registry.load_analysis(name) for name in chosen}
+    settings = commands.analysis_settings(modules, overrides)
     for folder in folders:
         for name, module in modules.items():
             stem = registry.stem(name)
-            record = folder.add(stem, module.VERSION, module.analyze(folder))
+            record = folder.add(stem, module.VERSION, module.analyze(folder, *settings[name]))
             scores = {key: one for key, one in record.scores.items() if key.startswith(f"{stem}/")}
-            print(f"{record.row}, seed {record.seed}, run {record.run_id}: {stem}, version {module.VERSION}")
-            table = [[f"  {key}", "–" if one.value is None else f"{one.value:.4g}", one.unit, f"n {one.n}"]
-                     for key, one in scores.items()]  # fmt: skip
-            print("\n".join(_aligned(table)))
+            about = f"{record.row}, seed {record.seed}, run {record.run_id}: {stem}, version {module.VERSION}"
+            if len(folders) > 1:
+                print(f"{about}, {len(scores)} scores", flush=True)
+            else:
+                print("\n".join([about, *_aligned([_score(*one) for one in scores.items()])]))
+    common = folders[0].path if len(folders) == 1 else folders[0].path.parent
     for module in modules.values():
         if hasattr(module, "figures"):
-            for path in module.figures(folders, figures or folders[0].path / "figures"):
-                print(f"figure: {path}")
+            for path in module.figures(folders, figures or common / "figures"):
+                print(f"written: {path}")
+
+
+def _score(name: str, score: "Score") -> list[str]:
+    """A line of the table of one run's scores: name, value, unit, 95 % interval or warning, n."""
+    low, high = (score.detail.get(key) for key in ("low", "high"))
+    interval = f"[{low:.4g}, {high:.4g}]" if isinstance(low, float) and isinstance(high, float) else ""
+    said = str(score.detail.get("warning") or interval)
+    value = "–" if score.value is None else f"{score.value:.4g}"
+    return [f"  {name}", value, score.unit, said, f"n {score.n}"]
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(metavar="ROW|RUN", help=_RUNS_HELP)],
+    second: Annotated[str, typer.Argument(metavar="ROW|RUN", help="What it is compared with.")],
+    scores: Annotated[
+        list[str], typer.Option("--score", help="Repeatable; default: the board's columns with prompts.")
+    ] = [],  # noqa: B006
+    board: BoardName = DEFAULT_BOARD,
+    size: Annotated[str | None, typer.Option(help="One of the board's sizes.")] = None,
+    runs: RunsDir = runs_dir(),  # noqa: B008
+) -> None:
+    """Compare two methods prompt by prompt: difference, 95 % interval, p-value.
+
+    A row stands for its runs of all training seeds. Refused where the two were measured on other prompts, with
+    another teacher or other decoding settings.
+    """
+    from kdbench import commands
+    from kdbench.compare import compare as compared
+
+    question = config.load_board(board)
+    sides = [commands.runs_of(name, question, _size(question, size), runs) for name in (first, second)]
+    names = scores or commands.comparable_columns(question, [run for side in sides for run in side])
+    seeds = [", ".join(str(run.record.seed) for run in side) for side in sides]
+    print(f"{first} (seeds {seeds[0]}) less {second} (seeds {seeds[1]}), the same prompts, 95 % intervals")
+    table = [["", first, second, "difference", "p"]]
+    for one in compared(*sides, names):
+        cells = [commands.interval_text(x) for x in (one.a, one.b, one.difference)]
+        p_value = one.difference.p_value
+        table.append(
+            [f"{one.score} {one.a.unit}".strip(), *cells, "–" if p_value is None else f"{p_value:.3g}"]
+        )
+    print("\n".join(_aligned(table)))
+
+
+@app.command()
+def collect(
+    names: Annotated[list[str], typer.Argument(metavar="RUN...", help=_RUN_HELP)],
+    profile: Annotated[
+        list[str], typer.Option("--profile", help="Decoding profile, repeatable: plain or minillm.")
+    ] = [],  # noqa: B006
+    interventions: Annotated[
+        list[str],
+        typer.Option("--intervention", help="Repeatable: hand_over, corruption, recovery, or all."),
+    ] = [],  # noqa: B006
+    runs: RunsDir = runs_dir(),  # noqa: B008
+    data_root: DataRoot = None,
+) -> None:
+    """Collect more evidence of finished runs: other decoding, interventions. What is there is kept."""
+    from kdbench import commands
+
+    if not profile and not interventions:
+        raise UserError(
+            "collect: say what: --profile NAME or --intervention NAME, for example --intervention all"
+        )
+    folders = [commands.find_run(name, runs) for name in names]
+    places = _places(runs, data_root)
+    for folder in folders:
+        commands.quiet(int(folder.config.get("threads", 1)))
+        for path in commands.collect(folder, places(), profile, interventions):
+            print(f"evidence: {path}")
+    found = " ".join(names)
+    _err(f"scores and figures of it: kdbench analyze {found} --analysis exposure_bias")
 
 
 @app.command()
@@ -487,6 +576,38 @@ def gate(
 
 
 # ------------------------------------------------------------------------------------------------------ start
+# ---------------------------------------------------------------------------------------------------- certify
+@app.command()
+def certify(
+    worlds: Annotated[list[str], typer.Option("--world", help="Repeatable; default: all.")] = [],  # noqa: B006
+    repetitions: Annotated[
+        int | None, typer.Option(min=2, help="Prompt sets per world; default: 2000.")
+    ] = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Three worlds, 100 prompt sets: under a minute.")
+    ] = False,
+    jobs: Jobs = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for table, results and figure.")] = None,
+) -> None:
+    """Check every estimator of exposure bias where the truth is computed: bias, spread, coverage.
+
+    Exit code 1 where a certified number is out of bounds.
+    """
+    from kdbench import certify as certification
+    from kdbench import commands
+
+    plan = certification.FAST if fast else certification.Plan()
+    changed = {"worlds": tuple(worlds) or plan.worlds, "repetitions": repetitions or plan.repetitions}
+    plan = dataclasses.replace(plan, **changed)  # type: ignore[arg-type]
+    commands.quiet(1)
+    rows = certification.certify(plan, jobs or commands.jobs_for("cpu", 1), progress=True)
+    print(certification.markdown(rows, plan), end="")
+    for path in certification.write(rows, plan, out) if out else ():
+        _err(f"written: {path}")
+    if certification.failed(rows):
+        raise typer.Exit(1)
+
+
 def _command_names() -> list[str]:
     return [one.name or str(getattr(one.callback, "__name__", "")) for one in app.registered_commands]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from kdbench.record import RecordError, RunFolder, load, write_json
 from kdbench.strict import to_dict
 
 if TYPE_CHECKING:
+    from kdbench.intervals import Estimate
     from kdbench.jobs import Job
     from kdbench.runner import Plan
     from kdbench.stages import Places
@@ -297,7 +299,115 @@ def write_tuning(board: Board, plans: dict[str, list[Plan]]) -> Path:
     return path
 
 
+# ---------------------------------------------------------------------------------------------- more evidence
+def collect(
+    folder: RunFolder, places: Places, profiles: Sequence[str], interventions: Sequence[str]
+) -> list[Path]:
+    """Collect evidence of a finished run in these profiles, try these interventions; return the files.
+
+    Raises: UserError for an unknown name, and for a run whose models cannot be had.
+    """
+    import torch
+
+    from kdbench import interventions as tried
+    from kdbench.collect import PROFILES
+    from kdbench.run_evidence import of_finished
+
+    for name in profiles:
+        if name not in PROFILES:
+            raise unknown("decoding profile", name, PROFILES, "--profile")
+    for name in interventions:
+        if name not in ("all", *tried.NAMES):
+            raise unknown("intervention", name, ("all", *tried.NAMES), "--intervention")
+    silence()
+    torch.set_num_threads(int(folder.config.get("threads", 1)))
+    evidence, student, teacher = of_finished(folder, places)
+    paths = [evidence.make(student, teacher, profile=name) for name in profiles]
+    chosen = tried.NAMES if "all" in interventions else [n for n in tried.NAMES if n in interventions]
+    return paths + (evidence.intervene(student, teacher, chosen) if chosen else [])
+
+
 # -------------------------------------------------------------------------------------------- finding one run
+def runs_of(name: str, board: Board, size: str, runs: Path) -> list[RunFolder]:
+    """The finished runs of a row of a board, one per training seed (the newest), in order of seeds; or one run.
+
+    Raises: UserError where there is none.
+    """
+    found: dict[int, tuple[float, RunFolder]] = {}
+    for path in (runs / Path(*board.id.split("/"))).glob("*/record.json"):
+        with suppress(RecordError):
+            record = load(path)
+            if (record.row, record.size, record.status) == (name, size, "done"):
+                found[record.seed] = max(
+                    found.get(record.seed, (0.0, RunFolder(path.parent))),
+                    (path.stat().st_mtime, RunFolder(path.parent)),
+                    key=lambda one: one[0],
+                )
+    return [found[seed][1] for seed in sorted(found)] or [find_run(name, runs)]
+
+
+def find_runs(name: str, runs: Path) -> list[RunFolder]:
+    """The runs that a name stands for: one as `find_run` has it, or all finished runs of a board's published size.
+
+    Raises: UserError as `find_run`, and for a board without finished runs.
+    """
+    known = config.boards()
+    if name not in known and name not in {one.split("/")[0] for one in known} and not name.endswith(".toml"):
+        return [find_run(name, runs)]
+    board = config.load_board(name)
+    size = boards.published_size(board)
+    found = []
+    for path in (runs / Path(*board.id.split("/"))).glob("*/record.json"):
+        with suppress(RecordError):
+            record = load(path)
+            if (record.size, record.status) == (size, "done"):
+                found.append((record.row, record.seed, path.parent))
+    if not found:
+        raise UserError(f"{board.id}: no finished run of size '{size}' in the folder {runs}")
+    order = {row.name: at for at, row in enumerate(board.rows)}
+    found.sort(key=lambda one: (order.get(one[0], len(order)), *one))
+    return [RunFolder(path) for _, _, path in found]
+
+
+def analysis_settings(modules: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, tuple[Any, ...]]:
+    """The further arguments of each analysis: its `Settings` where it has some, with what `--set` changes.
+
+    Raises: UserError for an analysis that is not asked for, and for an unknown setting.
+    """
+    given: dict[str, dict[str, Any]] = {registry.stem(name): {} for name in modules}
+    for text in overrides:
+        one = config.parse_override(text)
+        if one.section not in given:
+            raise unknown("analysis", one.section, given, f"--set {text}")
+        given[one.section][one.key] = one.value
+    found: dict[str, tuple[Any, ...]] = {}
+    for name, module in modules.items():
+        stem, cls = registry.stem(name), getattr(module, "Settings", None)
+        if given[stem] and cls is None:
+            raise UserError(f"--set: the analysis {stem} has no settings")
+        found[name] = (config.check_settings(cls, given[stem], f"--set {stem}"),) if cls else ()
+    return found
+
+
+def comparable_columns(board: Board, folders: Sequence[RunFolder]) -> list[str]:
+    """The board's columns that all these runs have with values per prompt."""
+    records = [folder.record for folder in folders]
+    names = dict.fromkeys(column.score for column in board.columns)
+    return [
+        name
+        for name in names
+        if all(name in one.scores and one.scores[name].estimator is not None for one in records)
+    ]
+
+
+def interval_text(one: Estimate) -> str:
+    """`value [low, high]`, as far as they are defined."""
+    if one.value is None:
+        return "–"
+    interval = "" if one.low is None or one.high is None else f" [{one.low:.4g}, {one.high:.4g}]"
+    return f"{one.value:.4g}{interval}"
+
+
 def find_run(name: str, runs: Path) -> RunFolder:
     """A run by its folder, its id, the beginning of its id, or its row (the least seed, then the newest).
 

@@ -13,9 +13,9 @@ For a prompt x of m tokens and a response y of n >= 1 tokens *including the end 
     extra row       only for a response without end token (cut at max_new_tokens): position n, token = -1,
                     alive = False, context = False: the distributions given all of x and y. There
                     `student_log_prob`, `teacher_log_prob` are NaN and `teacher_rank` is -1, the rest is real.
-    context rows    optional; for draw 0 of each roll-in only (they depend on neither): prompt token
-                    i = 1..m-1 (the first has no prediction) at position i - m, token = x_i, alive = False,
-                    context = True.
+    context rows    for draw 0 of each roll-in only (they depend on neither); a snapshot has none: prompt
+                    token i = 1..m-1 (the first has no prediction) at position i - m, token = x_i,
+                    alive = False, context = True.
 
     roll_in         who wrote y: 'student', 'teacher' or 'reference' (text cut and ended like a sample)
     example_id      the prompt; draw = 0..S-1, every prompt has the same number of draws within a roll-in
@@ -25,9 +25,10 @@ For a prompt x of m tokens and a response y of n >= 1 tokens *including the end 
     top1_agree      argmax q == argmax p
     teacher_rank    number of tokens v with p(v) > p(y_t); 0 for the teacher's first choice
 
-One file holds one student under all its roll-ins: `final.parquet` under student, teacher and (where there is
-reference text) reference; a snapshot needs student and teacher roll-ins for ExAccErr, with the student's
-alone only the accumulated error is known. Positions are 0-based here; a length l counts positions 0..l-1.
+One file holds one student under all its roll-ins in one decoding profile: `final.parquet` (the board's
+profile) and `final-<profile>.parquet` under student, teacher and (where there is reference text) reference;
+a snapshot needs student and teacher roll-ins for ExAccErr, with the student's alone only the accumulated error
+is known. Positions are 0-based here; a length l counts positions 0..l-1.
 """
 
 import hashlib
@@ -88,6 +89,48 @@ class Manifest:
     @property
     def max_new_tokens(self) -> int:
         return int(self.decoding["max_new_tokens"])
+
+
+# what must agree before two files are compared prompt by prompt, and how it is said
+_CONDITIONS = {
+    "prompts_sha256": "prompts",
+    "teacher": "teacher",
+    "decoding": "decoding settings",
+    "dtype": "dtype",
+    "seed": "seed of the sampling",
+}
+
+
+def conditions(manifest: Manifest) -> dict[str, Any]:
+    """What the numbers of two students must share to be compared prompt by prompt, as JSON values."""
+    return {
+        "prompts_sha256": manifest.prompts_sha256,
+        "teacher": manifest.models.get("teacher", ""),
+        "decoding": dict(manifest.decoding),
+        "dtype": manifest.dtype,
+        "seed": manifest.seed,
+    }
+
+
+def require_same_conditions(
+    one: Mapping[str, Any], other: Mapping[str, Any], names: tuple[str, str] = ("the first", "the second")
+) -> None:
+    """Refuses a paired comparison of evidence made under other `conditions`.
+
+    Raises: RecordError naming what differs, and how.
+    """
+    found = []
+    for key, said in _CONDITIONS.items():
+        mine, theirs = one.get(key), other.get(key)
+        if mine == theirs:
+            continue
+        if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+            inner = [k for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)]
+            found += [f"{said} ({k} {mine.get(k)} and {theirs.get(k)})" for k in inner]
+        else:
+            found.append(f"{said} ({str(mine)[:12]} and {str(theirs)[:12]})")
+    if found:
+        raise RecordError(f"{names[0]} and {names[1]} cannot be compared in pairs: other {'; '.join(found)}.")
 
 
 def prompts_hash(prompts: Sequence[tuple[int, Sequence[int]]]) -> str:
@@ -153,6 +196,25 @@ class Evidence:
         alive[response, at] = True
         return self._spread(rows, response, at, column, len(examples), width), alive, examples
 
+    @cached_property
+    def has_context(self) -> bool:
+        """Whether the prompts' own tokens were measured too."""
+        return bool(self.columns["context"].any())
+
+    def context(self, roll_in: str, column: str) -> tuple[Array, Array]:
+        """(sum of a column over the context rows of each prompt [P] float64, example_id [P]).
+
+        A prompt of one token has no context row; its sum is 0.
+        Raises: RecordError when the evidence has no context rows under this roll-in.
+        """
+        rows, _, examples = self._rows(roll_in)
+        prompts = np.unique(examples)
+        inside = np.flatnonzero((self.roll_in == ROLL_INS.index(roll_in)) & self.columns["context"])
+        if not len(inside):
+            raise RecordError(f"the evidence has no context rows under {roll_in} roll-in; collect it again.")
+        at = np.searchsorted(prompts, self.columns["example_id"][inside])
+        return np.bincount(at, self.columns[column][inside].astype(np.float64), len(prompts)), prompts
+
     def finished(self, roll_in: str) -> tuple[Array, Array]:
         """([P*S] bool, the response ended with the end token; example_id [P*S])."""
         rows, response, examples = self._rows(roll_in)
@@ -206,42 +268,52 @@ def _sorted(columns: Mapping[str, Array], roll_in: Array) -> tuple[dict[str, Arr
     return {name: columns[name][order] for name in COLUMNS}, roll_in[order]
 
 
-def write_evidence(path: Path, columns: Mapping[str, Any], manifest: Manifest) -> None:
-    """Writes `columns` (name -> [rows]; `COLUMNS`, and `roll_in` as text) and the manifest beside them.
+def assemble(columns: Mapping[str, Any], manifest: Manifest, where: str = "evidence") -> Evidence:
+    """Evidence of `columns` (name -> [rows]; `COLUMNS`, and `roll_in` as text), sorted and checked.
 
-    Values that are negative by rounding only (down to -1e-4) are set to 0. The manifest is `path` with suffix
-    .json and is written last, so evidence is complete when `read_evidence` accepts it.
-    Raises RecordError when a column is missing or the rows break the contract.
+    Values that are negative by rounding only (down to -1e-4) are set to 0.
+    Raises: RecordError, beginning with `where`, when a column is missing or the rows break the contract.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     known = ["roll_in", *COLUMNS]
     missing, odd = [n for n in known if n not in columns], [n for n in columns if n not in known]
     if missing or odd:
-        raise RecordError(f"{path}: columns missing: {missing}, unknown: {odd}.")
+        raise RecordError(f"{where}: columns missing: {missing}, unknown: {odd}.")
     names = np.asarray(columns["roll_in"])
     if not np.isin(names, ROLL_INS).all():
-        raise RecordError(f"{path}: roll_in should be one of {', '.join(ROLL_INS)}.")
+        raise RecordError(f"{where}: roll_in should be one of {', '.join(ROLL_INS)}.")
     codes = np.zeros(len(names), dtype=np.int8)
     for code, name in enumerate(ROLL_INS):
         codes[names == name] = code
     data = {name: np.asarray(columns[name]).astype(kind) for name, kind in COLUMNS.items()}
     if len({len(value) for value in (names, *data.values())}) != 1:
-        raise RecordError(f"{path}: columns differ in length.")
+        raise RecordError(f"{where}: columns differ in length.")
     for name in (*DIVERGENCES, "student_entropy", "teacher_entropy"):
         data[name][(data[name] < 0) & (data[name] > -1e-4)] = 0
     for name in ("student_log_prob", "teacher_log_prob"):
         data[name][(data[name] > 0) & (data[name] < 1e-4)] = 0
     data, codes = _sorted(data, codes)
-    _check(data, codes, str(path))
-    rolls = pa.DictionaryArray.from_arrays(pa.array(codes), pa.array(ROLL_INS))
-    table = pa.table({"roll_in": rolls, **{name: pa.array(value) for name, value in data.items()}})
+    _check(data, codes, where)
+    return Evidence(data, codes, manifest)
+
+
+def write_evidence(path: Path, columns: Mapping[str, Any], manifest: Manifest) -> None:
+    """Writes what `assemble` makes of `columns`, and the manifest beside it.
+
+    The manifest is `path` with suffix .json and is written last, so evidence is complete when `read_evidence`
+    accepts it.
+    Raises: RecordError as `assemble`.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    made = assemble(columns, manifest, str(path))
+    rolls = pa.DictionaryArray.from_arrays(pa.array(made.roll_in), pa.array(ROLL_INS))
+    values = {name: pa.array(value) for name, value in made.columns.items()}
     manifest_path = path.with_suffix(".json")
     manifest_path.unlink(missing_ok=True)
     with atomic(path) as file:
-        pq.write_table(table, file, compression="zstd")
-    content = {"schema": SCHEMA, **asdict(manifest), "rows": len(codes), "sha256": sha256(path)}
+        pq.write_table(pa.table({"roll_in": rolls, **values}), file, compression="zstd")
+    content = {"schema": SCHEMA, **asdict(manifest), "rows": len(made.roll_in), "sha256": sha256(path)}
     write_json(manifest_path, content)
 
 

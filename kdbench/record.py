@@ -10,6 +10,8 @@ A run folder, and who writes what (all writes are atomic, all text is UTF-8):
     steps.jsonl             harness   one JSON object per student update
     outputs/<set>.jsonl     harness   one JSON object per prompt and generation seed, see `RunFolder.outputs`
     evidence/final.parquet  harness   per-token evidence of the finished student, see `kdbench.evidence`
+    evidence/final-<profile>.parquet                in a further decoding profile, by `kdbench collect`
+    evidence/interventions/<name>.parquet           see `kdbench.interventions`, by `kdbench collect`
     evidence/snapshot-<optimizer step>.parquet      the same for a snapshot of training
     student/                harness   `from_pretrained` folder
 
@@ -444,6 +446,15 @@ class RunFolder:
     def evidence(self) -> Path:
         """evidence/final.parquet, whether it exists or not."""
         return self.path / "evidence" / "final.parquet"
+
+    def evidence_of(self, profile: str = "") -> Path:
+        """evidence/final-<profile>.parquet, of another decoding profile than the board's; '' is the board's."""
+        return self.evidence.with_name(f"final-{profile}.parquet") if profile else self.evidence
+
+    def profiles(self) -> list[str]:
+        """The further decoding profiles that have evidence, sorted."""
+        found = (self.path / "evidence").glob("final-*.parquet")
+        return sorted(path.stem.removeprefix("final-") for path in found)
 
     def snapshots(self) -> list[tuple[int, Path]]:
         """(optimizer step, evidence/snapshot-<step>.parquet), in order of steps."""

@@ -79,9 +79,11 @@ def rollout(
 
     Args: `max_new_tokens` None is `step.max_new_tokens`; `temperature` 0 takes the likeliest token; `top_k` 0
     and `top_p` 1 cut nothing; `no_repeat_ngram` n forbids an n-gram of prompt and response to occur twice;
-    `mix` = (teacher, alpha) samples from (1 - alpha) q + alpha p. Returns a batch with new `input_ids`,
-    `length` (the end-of-sequence token included when it was drawn) and `finished` [B] bool; other fields are
-    kept.
+    `mix` = (teacher, alpha) samples from (1 - alpha) q + alpha p. A field `response_offset` [B] of `batch`
+    says how many response tokens stand at the end of each prompt already (none of them an end token): they
+    count as drawn, so that the next one has the key of its place in the whole response, and at most
+    max_new_tokens - offset are added. Returns a batch with new `input_ids`, `length` (the end-of-sequence
+    token included when it was drawn) and `finished` [B] bool; other fields are kept.
     Raises: ValueError for settings out of range, and for more tokens than the model has positions.
     """
     max_new_tokens = step.max_new_tokens if max_new_tokens is None else max_new_tokens
@@ -93,12 +95,17 @@ def rollout(
     models = [model] if mix is None else [model, mix[0]]
     for each in models:
         _check_positions(each, batch, max_new_tokens)
+    offset = batch.get("response_offset")
+    if offset is not None and not bool(((offset >= 0) & (offset <= max_new_tokens)).all()):
+        raise ValueError(f"rollout: response_offset is not in 0..max_new_tokens = {max_new_tokens}")
     sampler = _Sampler(models, 0.0 if mix is None else mix[1], temperature, top_k, top_p, no_repeat_ngram)
     ids, finished = batch["input_ids"], torch.zeros(batch.size, dtype=torch.bool)
     responses: list[list[int]] = [[] for _ in range(batch.size)]
     with phase("rollout"), evaluating(*models):
         order = torch.argsort(batch["prompt_length"].cpu(), stable=True)
-        for chunk in order.split(max(1, step.rollout_batch)) if batch.size else ():
+        if offset is not None:
+            order = order[(offset.cpu() < max_new_tokens)[order]]
+        for chunk in order.split(max(1, step.rollout_batch)) if len(order) else ():
             for row, tokens, ended in sampler.sample(batch, chunk, step, max_new_tokens):
                 responses[row], finished[row] = tokens, ended
     new = torch.tensor([len(tokens) for tokens in responses], dtype=torch.long, device=ids.device)
@@ -115,12 +122,19 @@ def rollout(
 def _check_positions(model: nn.Module, batch: Batch, max_new_tokens: int) -> None:
     view = CausalLM(model)
     known = getattr(view.inner.config, "max_position_embeddings", None)
-    longest = view.width + int(batch["prompt_length"].max()) + max_new_tokens if batch.size else 0
+    start = batch["prompt_length"] - batch.get("response_offset", torch.zeros_like(batch["prompt_length"]))
+    longest = view.width + int(start.max()) + max_new_tokens if batch.size else 0
     if known is not None and longest - 1 > known:
         raise ValueError(
             f"rollout: prompts of up to {longest - max_new_tokens} tokens and max_new_tokens = "
             f"{max_new_tokens} need {longest - 1} positions, the model has {known}"
         )
+
+
+def end_tokens(model: nn.Module) -> set[int]:
+    """Return the ids that end a response of the model, by its config."""
+    eos: Any = CausalLM(model).inner.config.eos_token_id
+    return {int(i) for i in (eos if isinstance(eos, list | tuple) else [eos]) if i is not None}
 
 
 class _Sampler:
@@ -137,8 +151,7 @@ class _Sampler:
             top_p,
             ngram,
         )
-        eos: Any = self.views[0].inner.config.eos_token_id
-        self.eos = {int(i) for i in (eos if isinstance(eos, list | tuple) else [eos]) if i is not None}
+        self.eos = end_tokens(models[0])
 
     def sample(
         self, batch: Batch, rows: Tensor, step: Keyed, max_new_tokens: int
@@ -158,7 +171,10 @@ class _Sampler:
         bans = [_NgramBan(self.ngram, prompt) for prompt in prompts] if self.ngram else []
         live = list(range(len(prompts)))
         responses: list[list[int]] = [[] for _ in prompts]
-        for position in range(max_new_tokens):
+        offset = batch["response_offset"].to(device)[rows.to(device)] if "response_offset" in batch else None
+        room = [max_new_tokens] * len(prompts) if offset is None else (max_new_tokens - offset).tolist()
+        for index in range(max(room)):
+            position: Any = index if offset is None else offset + index  # one number, or one per row
             probabilities = self._probabilities([stream.logits for stream in streams])
             if bans:
                 self._forbid(probabilities, [bans[i] for i in live])
@@ -169,28 +185,26 @@ class _Sampler:
                 tokens = _inverse_cdf(probabilities, uniform(step.seed, example_id, step.visit, position))
             drawn = tokens.tolist()
             if max(drawn) >= probabilities.shape[-1]:  # what searchsorted gives for NaN
-                raise Diverged(f"sampling: the distribution of response token {position} is not finite")
+                raise Diverged(f"sampling: the distribution of response token {index} is not finite")
             keep = []
             for slot, (i, token) in enumerate(zip(live, drawn, strict=True)):
                 responses[i].append(token)
                 if bans:
                     bans[i].push(token)
-                if token in self.eos:
-                    yield int(rows[i]), responses[i], True
+                if token in self.eos or len(responses[i]) == room[i]:
+                    yield int(rows[i]), responses[i], token in self.eos
                 else:
                     keep.append(slot)
             if not keep:
                 return
             if len(keep) < len(live):
-                index = torch.tensor(keep, device=device)
-                live, tokens, example_id = [live[slot] for slot in keep], tokens[index], example_id[index]
+                kept = torch.tensor(keep, device=device)
+                live, tokens, example_id = [live[slot] for slot in keep], tokens[kept], example_id[kept]
+                offset = None if offset is None else offset[kept]
                 for stream in streams:
-                    stream.keep(index)
-            if position + 1 < max_new_tokens:
-                for stream in streams:
-                    stream.push(tokens)
-        for i in live:
-            yield int(rows[i]), responses[i], False
+                    stream.keep(kept)
+            for stream in streams:
+                stream.push(tokens)
 
     def _probabilities(self, logits: list[Tensor]) -> Tensor:
         scale = self.temperature or 1.0

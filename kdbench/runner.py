@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,17 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from kdbench import collect, models, record, registry, stages
+from kdbench import models, record, registry, stages
 from kdbench.clock import Clock, phase, running
 from kdbench.config import RunConfig, check_settings, keep_roles, library_versions, run_id
-from kdbench.distiller import Batch, Distiller
+from kdbench.distiller import Distiller
 from kdbench.errors import Diverged, UserError
-from kdbench.evidence import prompts_hash, read_evidence
 from kdbench.harness import Milestone, Trainer
 from kdbench.paths import PACKAGE
 from kdbench.processes import Processes
 from kdbench.rollout import evaluating
-from kdbench.stages import Materials, Places, TaskSource, digest
+from kdbench.run_evidence import RunEvidence
+from kdbench.stages import Materials, Places
 
 
 def needed(run: RunConfig) -> RunConfig:
@@ -151,7 +152,6 @@ class _Life:
         self.plan, self.run, self.folder, self.materials = plan, plan.run, plan.folder, plan.materials
         self.processes, self.clock = processes, Clock()
         self.trainer: Trainer | None = None
-        self.notes: list[str] = []
 
     def run_all(self) -> record.RunRecord:
         """Go through the phases and return the record."""
@@ -211,7 +211,7 @@ class _Life:
             models.save_student(bare, self.materials.tokenizer("student"), self.folder / "student")  # type: ignore[arg-type]
             self.answer(model)
             if self.run.evidence is not None and teacher is not None:
-                self.evidence(model, teacher, None)
+                self.evidence.make(model, teacher)
 
     def models(self) -> dict[str, nn.Module]:
         """Load the roles' models, on all processes; the first to come trains what the cache lacks."""
@@ -267,7 +267,13 @@ class _Life:
     def snapshot(self, distiller: Distiller, teacher: nn.Module, step: int) -> None:
         """Collect the light evidence of the student as it is."""
         with phase("snapshot", covers=True), evaluating(distiller):
-            self.evidence(distiller.predictor(), teacher, step)
+            self.evidence.make(distiller.predictor(), teacher, step)
+
+    @cached_property
+    def evidence(self) -> RunEvidence:
+        """What makes the run's evidence."""
+        assert self.run.evidence is not None
+        return RunEvidence(self.materials, self.run.evidence, self.folder, self.plan.id)
 
     def dev_score(self, distiller: Distiller, step: int) -> None:
         """Score the dev split, tell the distiller, and keep the weights where they are the best so far."""
@@ -321,67 +327,6 @@ class _Life:
                 with record.atomic(path) as file:
                     file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
-    def evidence(self, model: nn.Module, teacher: nn.Module, step: int | None) -> None:
-        """Collect evidence of the finished model, or of a snapshot; what is there already is kept."""
-        config = self.run.evidence
-        assert config is not None
-        name = "final" if step is None else f"snapshot-{step}"
-        path = self.folder / "evidence" / f"{name}.parquet"
-        if path.is_file() and step is None:
-            try:
-                read_evidence(path)
-                return
-            except record.RecordError:
-                path.unlink()
-        plan = collect.plan(self.gold(config.prompts), config, snapshot=step is not None)
-        keys = {role: self.materials.key(role) for role in ("student", "teacher")}
-        rolled: dict[str, Callable[[], list[Batch]]] = {
-            "student": lambda: collect.sample(model, plan),
-            "teacher": lambda: self.teacher_roll_in(teacher, plan, keys["teacher"]),
-        }
-        if step is None:
-            rolled["reference"] = lambda: collect.reference(plan)
-        keys["student"] = digest(self.plan.id, step)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        collect.collect(
-            model,
-            teacher,
-            plan,
-            rolled,
-            path,
-            keys,
-            step=step,
-            progress=self.plan.places.progress and step is None,
-        )
-
-    def gold(self, prompts: int | None) -> Batch:
-        """Return the evidence prompts with their references; `finished`: the reference kept its end."""
-        config = self.run.evidence
-        assert config is not None
-        source = TaskSource(
-            self.materials.task(), config.split, self.materials.encoders(self.materials.task())
-        )
-        batch = source.batch(range(min(prompts or len(source), len(source))))
-        last = batch["input_ids"].gather(1, batch["length"][:, None] - 1)[:, 0]
-        return batch.replace(finished=last == self.materials.tokenizer("student").eos_token_id)
-
-    def teacher_roll_in(self, teacher: nn.Module, plan: collect.Plan, key: str) -> list[Batch]:
-        """Return the teacher's responses, which all runs of a board share."""
-        code = registry.code_hash(registry.code_files([], [self.run.task]))
-        where = [self.run.device.split(":")[0], self.run.threads, plan.batch_size]
-        told = digest(key, prompts_hash(plan.prompts()), plan.decoding, plan.samples, code, where)
-        folder = self.plan.places.cache / "rolled" / told
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not folder.is_dir():
-                work = folder.with_name(told + ".work")
-                shutil.rmtree(work, ignore_errors=True)
-                work.mkdir()
-                for draw, batch in enumerate(collect.sample(teacher, plan)):
-                    batch.save(work / f"{draw:03d}.safetensors")
-                work.rename(folder)
-        return [Batch.load(path) for path in sorted(folder.glob("*.safetensors"))]
-
     # ---- record
     def record(self, status: str, reason: str) -> record.RunRecord:
         """Return the record of what happened."""
@@ -392,7 +337,7 @@ class _Life:
         budget["init_steps"] = float(materials.steps("student"))
         budget |= {f"stage_seconds.{name}": seconds for name, seconds in materials.stage_seconds().items()}
         scores: dict[str, record.Score] = {}
-        notes = [*self.notes, *(f"breaks {law}: {why}" for law, why in self.broken().items())]
+        notes = [*(f"breaks {law}: {why}" for law, why in self.broken().items())]
         if trainer and trainer.best:
             notes.append(
                 f"selected step {trainer.best['step']}: {run.select.score} {trainer.best['score']:.4f} on dev"

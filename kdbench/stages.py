@@ -234,11 +234,6 @@ class Materials:
         before = self.steps(spec.like) if spec.like is not None else 0
         return before + sum(stage_training(stage).optimizer_steps for stage in spec.stages)
 
-    def cached(self, role: str) -> bool:
-        """Whether the role's stages are trained already (or there are none)."""
-        spec = self.run.roles[role]
-        return (self._folder(self.key(role)) / "model").is_dir() if spec.stages or spec.like else True
-
     def _folder(self, key: str) -> Path:
         return self.places.cache / "stages" / key
 
@@ -268,6 +263,10 @@ class Materials:
         for number, (key, stage) in enumerate(zip(keys[:stages], spec.stages[:stages], strict=True)):
             model = self._trained(role, model, stage, key, stream_seed(spec.seed or 0, "stage", number))
         return model
+
+    def saved(self, role: str, folder: Path) -> nn.Module:
+        """Return the model that a run saved in `folder`, as this role. Raises: UserError where it is none."""
+        return self._load(role, ModelSpec(model=str(folder)), 0)
 
     def _load(self, role: str, spec: ModelSpec, seed: int) -> nn.Module:
         """Load a model, cut to the shared ids, that can encode a text for its soft prompt."""

@@ -464,7 +464,7 @@ def _greedy_answers(patch: pytest.MonkeyPatch) -> None:
 
 def _students_on_references(patch: pytest.MonkeyPatch) -> None:
     """The evidence of responses of the model's own is collected on the references instead."""
-    patch.setattr(kdbench.collect, "sample", lambda model, plan: kdbench.collect.reference(plan))
+    patch.setattr(kdbench.collect, "sampled", lambda model, plan: kdbench.collect.reference(plan))
 
 
 SCORED: dict[str, tuple[str, Plant]] = {

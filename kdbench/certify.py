@@ -1,0 +1,600 @@
+"""Certification: every estimator on worlds whose truth is computed, many times, with the code that real runs use.
+
+A repetition is a prompt set of `PROMPTS` prompts with one response each: sampled by `kdbench.rollout`, measured
+by `kdbench.collect`, summed by `kdbench.per_prompt`, estimated with an interval by `kdbench.intervals`. Over the
+repetitions the mean of the estimates is compared with the truth (bias), and the share of intervals that hold the
+truth (coverage) with 95 %. The truth is that of `kdbench.worlds.truth` (dynamic programming); for repetition
+measures, whose state would be the whole response, it is the estimator itself on `REFERENCE` other prompts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from kdbench import estimators, intervals, per_prompt, registry
+from kdbench.errors import unknown
+from kdbench.estimators import ESTIMATORS, Array
+from kdbench.evidence import COLUMNS, assemble
+from kdbench.paths import PACKAGE, cache_dir
+from kdbench.record import RecordError, read_json, write_json
+from kdbench.worlds.catalogue import WORLDS, world
+from kdbench.worlds.tables import World
+from kdbench.worlds.truth import Truth
+
+VERSION = 1
+PROMPTS = 200
+REPETITIONS = 2000
+FAST_REPETITIONS = 120
+FAST_WORLDS = ("markov1", "stops_earlier", "equal")
+REFERENCE = 1_000_000
+LENGTHS = (1, 5, 15, 30)
+CHUNK = 100  # repetitions that are sampled at once
+COVERAGE = (0.93, 0.97)
+MIN_EVENTS = 10  # of what a rate counts; with fewer expected, a percentile interval cannot cover as it says
+_MEASURED = 4000  # responses that are measured at once
+_RESAMPLING_SEEDS = 8  # repetitions take turns, so that one draw of resamples does not stand for all
+
+# estimator -> unit; those with a curve are asked for every length at once
+_CURVES: dict[str, str] = {
+    "ex_acc_err_alive": "%",
+    "ex_acc_err_matched": "%",
+    "ex_acc_err_arora_paper": "%",
+    "ex_acc_err_arora_code": "%",
+    "ex_acc_err_minillm": "%",
+    "excess_nats": "nats",
+    "accumulated_error_nats": "nats",
+    "eb_c": "",
+    "state_shift_nats": "nats",
+    "state_shift_reverse_nats": "nats",
+    "survival": "",
+}
+_SCALARS: dict[str, str] = {
+    "length_term_nats": "nats",
+    "state_term_nats": "nats",
+    "growth_exponent": "",
+    "acceptance": "",
+    "acceptance_drop": "",
+    "teacher_entropy_rise": "nats",
+    "teacher_surprise_rise": "nats",
+    "entropy_drift": "nats/token",
+    "stop_rate": "",
+    "eos_hazard_ratio": "",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One number to certify: an estimator with its arguments."""
+
+    estimator: str
+    args: tuple[tuple[str, Any], ...]
+    unit: str
+
+    @property
+    def name(self) -> str:
+        """As it is printed."""
+        return f"{self.estimator}({', '.join(str(value) for _, value in self.args)})"
+
+    @property
+    def length(self) -> int | None:
+        """The length l that it is about, None where it is about whole responses."""
+        found = dict(self.args).get("length")
+        return None if found is None else int(found)
+
+    @property
+    def computed(self) -> bool:
+        """Whether its truth is computed rather than drawn."""
+        return Truth.knows(self.estimator)
+
+
+def cases() -> list[Case]:
+    """All numbers that are certified, in the order of the table."""
+    found = []
+    for name, unit in {**_CURVES, **_SCALARS}.items():
+        sides: Sequence[tuple[tuple[str, Any], ...]] = [()]
+        if name in ("accumulated_error_nats", "survival", "acceptance"):
+            sides = [(("roll_in", "student"),), (("roll_in", "teacher"),)]
+        lengths = [n for n in LENGTHS if n > 1 or name not in ("growth_exponent", "entropy_drift")]
+        found += [Case(name, (("length", n), *side), unit) for side in sides for n in lengths]
+    for side in ("student", "teacher"):
+        found.append(Case("mean_length_tokens", (("roll_in", side),), "tokens"))
+    found += [Case("seq_rep", (("n", n),), "") for n in (2, 4)]
+    found.append(Case("rep", (("window", 16), ("length", LENGTHS[-1])), ""))
+    found += [Case("loop_rate", (), ""), Case("loop_onset_tokens", (), "tokens")]
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- simulation
+def arrays_of(place: World, count: int, seed: int, first_id: int, scored: bool = True) -> dict[str, Array]:
+    """The per-prompt arrays of `count` prompts drawn from a world, one response each under every roll-in.
+
+    Without `scored` the student's roll-in alone, its tokens only: enough for repetition measures.
+    """
+    from kdbench import collect
+    from kdbench.rollout import Draw, evaluating, rollout
+    from kdbench.streams import stream_seed
+    from kdbench.worlds.automaton import AutomatonLM, prompt_batch
+
+    gold = prompt_batch(place, place.draw(count, stream_seed(seed, place.name, first_id)), first_id)
+    plan = collect.Plan(gold, 1, place.max_new_tokens, "plain", 4 * count)
+    student, teacher, writer = (AutomatonLM(one) for one in (place.student, place.teacher, place.reference))
+    everything = slice(0, count)
+    texts = {"student": collect.sampled(student, plan).responses(0, everything)}
+    if scored:
+        texts["teacher"] = collect.sampled(teacher, plan).responses(0, everything)
+        independent = Draw(stream_seed(seed, "reference text"), 0, 4 * count)
+        texts["reference"] = rollout(writer, gold, independent, place.max_new_tokens)
+    parts = []
+    with evaluating(student, teacher):
+        for name, responses in texts.items():
+            part = (
+                collect.measure(student, teacher, responses, _MEASURED, True) if scored else _unscored(responses)
+            )
+            rows = len(part["token"])
+            parts.append({**part, "draw": np.zeros(rows, np.int32), "roll_in": np.full(rows, name)})
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    models = {"student": "student", "teacher": "teacher"}
+    return per_prompt.arrays(assemble(columns, collect.manifest_of(plan, models)))
+
+
+def _unscored(responses: Mapping[str, Any]) -> dict[str, Array]:
+    """Evidence columns with tokens and lengths alone; every measurement is 0."""
+    length = (responses["length"] - responses["prompt_length"]).numpy()
+    rows = length + ~responses["finished"].numpy()
+    of = np.repeat(np.arange(len(rows)), rows)
+    position = np.arange(len(of)) - np.repeat(np.cumsum(rows) - rows, rows)
+    alive = position < length[of]
+    ids = np.pad(responses["input_ids"].numpy(), ((0, 0), (0, 1)))
+    columns = {name: np.zeros(len(of), kind) for name, kind in COLUMNS.items()}
+    token = np.where(alive, ids[of, responses["prompt_length"].numpy()[of] + position], -1)
+    return columns | {
+        "example_id": responses["example_id"].numpy()[of],
+        "position": position,
+        "alive": alive,
+        "token": token,
+    }
+
+
+@dataclass
+class Tally:
+    """What the repetitions of one case add up to."""
+
+    repetitions: int = 0
+    defined: int = 0
+    error: float = 0.0  # sum of estimate - truth
+    square: float = 0.0  # sum of its square
+    intervals: int = 0
+    covered: int = 0
+    below: int = 0  # intervals that lie below the truth
+    width: float = 0.0
+
+    def add(self, value: float, low: float, high: float, truth: float) -> None:
+        """One repetition's estimate and interval; NaN where not defined."""
+        self.repetitions += 1
+        if math.isfinite(value):
+            self.defined += 1
+            self.error += value - truth
+            self.square += (value - truth) ** 2
+        if math.isfinite(low) and math.isfinite(high):
+            slack = 1e-6 * max(abs(truth), 1e-3)  # sums of float32 against a truth in float64
+            self.intervals += 1
+            self.covered += low - slack <= truth <= high + slack
+            self.below += high + slack < truth
+            self.width += high - low
+
+    def joined(self, other: Tally) -> Tally:
+        """The tally of both."""
+        return Tally(**{name: value + getattr(other, name) for name, value in vars(self).items()})
+
+
+def estimates(
+    arrays: Mapping[str, Array], wanted: Sequence[Case], seed: int
+) -> Iterator[tuple[float, float, float]]:
+    """(value, low, high) of each case on one prompt set; NaN where not defined. `seed` of the resampling."""
+    curves: dict[tuple[str, Any], tuple[Array, Array, Array]] = {}
+    longest, how = max(LENGTHS), intervals.Resampling(seed=seed)
+    for case in wanted:
+        args = dict(case.args)
+        if case.estimator in _CURVES:
+            length = args.pop("length")
+            key = (case.estimator, args.get("roll_in"))
+            if key not in curves:
+                curves[key] = intervals.band(_curve(case.estimator), arrays, longest, args, how=how)
+            value, low, high = (float(one[length - 1]) for one in curves[key])
+        else:
+            found = intervals.estimate(case.estimator, arrays, args, how=how)
+            value, low, high = (math.nan if x is None else x for x in (found.value, found.low, found.high))
+        yield value, low, high
+
+
+def _curve(name: str) -> Callable[..., Array]:
+    stem = name if hasattr(estimators, f"{name}_curve") else name.removesuffix("_nats")
+    curve: Callable[..., Array] = getattr(estimators, f"{stem}_curve")
+    return curve
+
+
+@cache
+def _computed(name: str) -> tuple[float, ...]:
+    """The computed truth of each case in a world, NaN where it is drawn instead."""
+    truth = Truth(world(name))
+    return tuple(truth.value(c.estimator, **dict(c.args)) if c.computed else math.nan for c in cases())
+
+
+def _repetitions(name: str, chunk: int, repetitions: int, drawn: Sequence[float]) -> list[dict[str, Any]]:
+    """The tallies of one chunk of repetitions in one world, by case."""
+    wanted, computed = cases(), _computed(name)
+    truths = [b if math.isnan(a) else a for a, b in zip(computed, drawn, strict=True)]
+    arrays = arrays_of(world(name), repetitions * PROMPTS, 0, chunk * CHUNK * PROMPTS)
+    tallies = [Tally() for _ in wanted]
+    for number in range(repetitions):
+        mine = {key: value[number * PROMPTS : (number + 1) * PROMPTS] for key, value in arrays.items()}
+        found = estimates(mine, wanted, number % _RESAMPLING_SEEDS)
+        for tally, truth, numbers in zip(tallies, truths, found, strict=True):
+            tally.add(*numbers, truth)
+    return [asdict(tally) for tally in tallies]
+
+
+def _reference(name: str, part: int) -> dict[str, list[Any]]:
+    """Sums over `CHUNK * PROMPTS` other prompts of what repetition measures read."""
+    arrays = arrays_of(world(name), CHUNK * PROMPTS, 1, part * CHUNK * PROMPTS, scored=False)
+    kept = [key for key in arrays if "_rep_" in key or key in ("student_loop", "student_count")]
+    return {key: arrays[key].sum(axis=0, dtype=np.float64).tolist() for key in kept}
+
+
+def _drawn(parts: Sequence[Mapping[str, Any]]) -> list[float]:
+    """The truth of each case that is drawn rather than computed, NaN for the others."""
+    total = {key: np.sum([part[key] for part in parts], axis=0)[None] for key in parts[0]}
+    found = []
+    for case in cases():
+        value = (
+            math.nan
+            if case.computed
+            else ESTIMATORS[case.estimator](total, np.ones((1, 1)), **dict(case.args))[0]
+        )
+        found.append(float(value))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- runs
+@dataclass(frozen=True)
+class Plan:
+    """What to certify: worlds, repetitions of each, draws of the reference for repetition measures."""
+
+    worlds: tuple[str, ...] = tuple(WORLDS)
+    repetitions: int = REPETITIONS
+    reference: int = REFERENCE
+
+    def __post_init__(self) -> None:
+        """Raises: UserError for an unknown world."""
+        for name in self.worlds:
+            if name not in WORLDS:
+                raise unknown("world", name, WORLDS, "--world")
+
+
+FAST = Plan(("markov1", "stops_earlier", "equal"), 100, 40_000)
+
+
+def _single_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+class _Here(Executor):
+    """Makes everything at once, in this process."""
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """A future that is done."""
+        future: Future[Any] = Future()
+        future.set_result(function(*args, **kwargs))
+        return future
+
+
+def _pool(jobs: int) -> Executor:
+    if jobs == 1:
+        return _Here()
+    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_single_thread)
+
+
+def certify(plan: Plan, jobs: int = 1, progress: bool = False) -> list[dict[str, Any]]:
+    """The rows of the table, see `row`; finished chunks are kept in the cache, so that a call can go on.
+
+    `jobs`: processes at the same time.
+    """
+    code = [*(PACKAGE / f"{name}.py" for name in _CODE), *(PACKAGE / "worlds").glob("*.py")]
+    key = registry.code_hash(sorted(code))[:16]
+    folder = cache_dir() / "certify" / key
+    size = CHUNK * PROMPTS
+    parts = [(name, part) for name in plan.worlds for part in range(math.ceil(plan.reference / size))]
+    chunks = [
+        (name, number, min(CHUNK, plan.repetitions - number * CHUNK))
+        for name in plan.worlds
+        for number in range(math.ceil(plan.repetitions / CHUNK))
+    ]
+    with (
+        _pool(jobs) as pool,
+        tqdm(total=len(parts) + len(chunks), desc="certify", unit="chunk", disable=not progress) as bar,
+    ):
+
+        def made(tasks: Iterable[tuple[Path, Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
+            """The results of tasks (file, function, arguments), in order; what a file holds is not repeated."""
+            found: list[Any] = []
+            waiting: dict[Future[Any], int] = {}
+            paths = []
+            for number, (path, function, args) in enumerate(tasks):
+                paths.append(path)
+                found.append(_kept(path))
+                if found[-1] is None:
+                    waiting[pool.submit(function, *args)] = number
+                else:
+                    bar.update()
+            for future in as_completed(waiting):
+                number = waiting[future]
+                found[number] = future.result()
+                write_json(paths[number], found[number])
+                bar.update()
+            return found
+
+        sums = made(
+            (folder / f"{name}-reference-{part}.json", _reference, (name, part)) for name, part in parts
+        )
+        drawn = {
+            name: _drawn([total for (owner, _), total in zip(parts, sums, strict=True) if owner == name])
+            for name in plan.worlds
+        }
+        tallies = made(
+            (
+                folder / f"{name}-{number}-{count}-{plan.reference}.json",
+                _repetitions,
+                (name, number, count, drawn[name]),
+            )
+            for name, number, count in chunks
+        )
+    rows = []
+    for name in plan.worlds:
+        mine = [one for (owner, *_), one in zip(chunks, tallies, strict=True) if owner == name]
+        for at, case in enumerate(cases()):
+            total = Tally()
+            for one in mine:
+                total = total.joined(Tally(**one[at]))
+            computed = _computed(name)[at]
+            rows.append(row(name, case, drawn[name][at] if math.isnan(computed) else computed, total))
+    return rows
+
+
+_CODE = "certify collect estimators evidence intervals losses per_prompt predict rollout streams".split()
+
+
+def _kept(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except RecordError:
+        return None
+
+
+def _events(case: Case, truth: Truth, value: float) -> float:
+    """How many events a rate counts in a prompt set on average; infinite for what is no rate."""
+    if case.estimator == "loop_rate":
+        return value * PROMPTS
+    if case.estimator in ("stop_rate", "eos_hazard_ratio") and case.length:
+        sides = ("student", "teacher") if case.estimator == "eos_hazard_ratio" else ("student",)
+        ends = [truth.stop_rate(case.length, side) * PROMPTS for side in sides]
+        return min(*ends, *(PROMPTS - count for count in ends))
+    return math.inf
+
+
+def row(name: str, case: Case, truth: float, tally: Tally) -> dict[str, Any]:
+    """One line of the table: truth, bias and its standard error, spread, coverage, and what they say.
+
+    `verdict`: 'ok'; 'exact' (every estimate equals the truth); 'survival' (under 0.2 at this length, where
+    analyses print a warning instead of a number, so nothing is claimed); 'events' (a rate of which fewer than
+    `MIN_EVENTS` events are expected); 'undefined' (in more than 5 % of the repetitions); else what is out of
+    bounds: 'bias', 'coverage'. With fewer than `REPETITIONS` the bounds of coverage have 3 standard errors more.
+    """
+    alive, length = Truth(world(name)), case.length
+    survival = min(alive.survival(length, g) for g in ("student", "teacher")) if length else 1.0
+    count = max(tally.defined, 1)
+    bias = tally.error / count
+    spread = math.sqrt(max(tally.square / count - bias**2, 0.0) * count / max(count - 1, 1))
+    error = spread / math.sqrt(count)
+    coverage = tally.covered / max(tally.intervals, 1)
+    limit = max(0.01 * abs(truth), 0.1 if case.unit == "%" else 0.0, 3 * error)
+    wrong = []
+    if abs(bias) > limit:
+        wrong.append("bias")
+    noise = 3 * math.sqrt(0.05 * 0.95 / max(tally.intervals, 1)) if tally.repetitions < REPETITIONS else 0.0
+    if not COVERAGE[0] - noise <= coverage <= COVERAGE[1] + noise:
+        wrong.append("coverage")
+    verdict = " and ".join(wrong) or "ok"
+    if spread <= 1e-6 * max(abs(truth), 1e-3) and tally.covered == tally.intervals:
+        verdict = "exact"
+    elif survival < intervals.MIN_SURVIVAL:
+        verdict = "survival"
+    elif _events(case, alive, truth) < MIN_EVENTS:
+        verdict = "events"
+    elif not math.isfinite(truth) or tally.intervals < 0.95 * tally.repetitions:
+        verdict = "undefined"
+    return {
+        "world": name,
+        "estimator": case.estimator,
+        "args": dict(case.args),
+        "unit": case.unit,
+        "truth": truth if math.isfinite(truth) else None,
+        "source": "computed" if case.computed else "drawn",
+        "repetitions": tally.repetitions,
+        "intervals": tally.intervals,
+        "bias": bias,
+        "bias_se": error,
+        "spread": spread,
+        "width": tally.width / max(tally.intervals, 1),
+        "coverage": coverage,
+        "below": tally.below / max(tally.intervals, 1),
+        "survival": survival,
+        "verdict": verdict,
+    }
+
+
+# ------------------------------------------------------------------------------------------------ what it says
+_REASONS = {
+    "survival": f"survival under {intervals.MIN_SURVIVAL:g} at this length: analyses print a warning, no number",
+    "events": f"fewer than {MIN_EVENTS} events are expected in {PROMPTS} responses",
+    "undefined": "not defined in more than 5 % of the prompt sets",
+}
+
+
+def claimed(one: Mapping[str, Any]) -> bool:
+    """Whether a row belongs to what is certified: enough survival, enough events, defined."""
+    return one["verdict"] not in _REASONS
+
+
+def failed(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows whose bias or coverage is out of bounds."""
+    return [one for one in rows if claimed(one) and one["verdict"] not in ("ok", "exact")]
+
+
+def _label(one: Mapping[str, Any]) -> str:
+    return Case(one["estimator"], tuple(one["args"].items()), one["unit"]).name
+
+
+def _exception(one: Mapping[str, Any]) -> str:
+    unit = f" {one['unit']}" if one["unit"] else ""
+    return (
+        f"{one['world']}, {_label(one)}: {one['verdict']}; truth {one['truth']:.4g}{unit}, bias {one['bias']:+.3g} "
+        f"± {one['bias_se']:.2g}, spread {one['spread']:.3g}, coverage {100 * one['coverage']:.1f} %, "
+        f"{100 * one['below']:.1f} % of the intervals lie below the truth"
+    )
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], plan: Plan) -> str:
+    """The certification table: per number its bias and coverage over worlds, then all exceptions."""
+    held = [one for one in rows if claimed(one)]
+    wrong = failed(rows)
+    lines = [
+        "# Certification of the estimators, v1",
+        "",
+        f"{plan.repetitions:,} repetitions of {PROMPTS} prompts with one response each in every world; made by "
+        "`kdbench certify`. All numbers are in [results.json](results.json).",
+        "",
+        f"- {len(held)} of {len(rows)} pairs of number and world are certified, "
+        f"{len(held) - len(wrong)} within bounds: |bias| <= max(1 % of the truth, 0.1 points, 3 standard errors), "
+        f"coverage of the 95 % intervals {100 * COVERAGE[0]:.0f} to {100 * COVERAGE[1]:.0f} %.",
+        "- A number is an estimator with its length l (or other arguments). Bias is that of the worst world, "
+        "beside its Monte-Carlo standard error; coverage is the lowest and the highest over worlds. Where every "
+        "estimate equals the truth (a difference that must be 0), the number counts as exact.",
+        "",
+        "| world | | survival at 30, student / teacher |",
+        "| --- | --- | ---: |",
+    ]
+    for name in plan.worlds:
+        truth = Truth(world(name))
+        alive = [truth.survival(LENGTHS[-1], side) for side in ("student", "teacher")]
+        lines.append(f"| {name} | {world(name).description} | {alive[0]:.2f} / {alive[1]:.2f} |")
+    lines += [
+        "",
+        "| number | unit | truth over worlds | worst bias | coverage % | certified | exact | not claimed |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for case in cases():
+        mine = [one for one in rows if one["estimator"] == case.estimator and one["args"] == dict(case.args)]
+        ours = [one for one in mine if claimed(one)]
+        free = [one for one in ours if one["verdict"] != "exact"]
+        ok = sum(one["verdict"] == "ok" for one in free)
+        cells = [f"`{case.name}`", case.unit]
+        if free:
+            truths = [one["truth"] for one in free]
+            worst = max(free, key=lambda one: abs(one["bias"]) / max(one["bias_se"], 1e-12))
+            cover = [100 * one["coverage"] for one in free]
+            cells += [
+                f"{min(truths):.3g} to {max(truths):.3g}",
+                f"{worst['bias']:+.2g} ± {worst['bias_se']:.1g}",
+            ]
+            cells += [f"{min(cover):.1f} to {max(cover):.1f}", f"{ok} of {len(free)}"]
+        else:
+            cells += ["", "", "", ""]
+        lines.append(f"| {' | '.join(cells)} | {len(ours) - len(free)} | {len(mine) - len(ours)} |")
+    lines += ["", "## Out of bounds", ""]
+    lines += [f"- {_exception(one)}" for one in wrong] or ["None."]
+    lines += ["", "## Not claimed", ""]
+    for verdict, reason in _REASONS.items():
+        mine = [one for one in rows if one["verdict"] == verdict]
+        by_case: dict[str, list[str]] = {}
+        for one in mine:
+            by_case.setdefault(_label(one), []).append(one["world"])
+        told = "; ".join(f"{name} in {', '.join(worlds)}" for name, worlds in by_case.items())
+        if mine:
+            lines.append(f"- {reason[0].upper()}{reason[1:]}: {told}.")
+    return "\n".join(lines) + "\n"
+
+
+def write(rows: Sequence[Mapping[str, Any]], plan: Plan, folder: Path) -> list[Path]:
+    """Write results.json, table.md and the figure of stop rates into `folder`; return their paths."""
+    told = {"version": VERSION, **asdict(plan), "prompts": PROMPTS, "resamples": intervals.DEFAULT.resamples}
+    paths = [folder / "results.json", folder / "table.md"]
+    rounded = [{k: _rounded(v) for k, v in one.items()} for one in rows]
+    write_json(paths[0], {**told, "worlds": list(plan.worlds), "rows": rounded})
+    paths[1].write_text(markdown(rows, plan), encoding="utf-8")
+    return paths + stop_rate_figure(folder)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+STOP_RATES = (0.005, 0.01, 0.02, 0.03, 0.045, 0.06, 0.08)
+_SHOWN = {
+    "ex_acc_err_minillm": ("minillm-code", "s", "--"),
+    "ex_acc_err_arora_paper": ("arora22-paper", "^", ":"),
+    "ex_acc_err_matched": ("matched", "D", "-."),
+    "ex_acc_err_alive": ("alive", "o", "-"),
+}
+
+
+def stop_rate_figure(folder: Path, length: int = 15, prompts: int = PROMPTS) -> list[Path]:
+    """Draw what published variants and ours make of a student of which only the stop rate changes.
+
+    Lines are the computed truth of each variant; points with 95 % intervals are estimates from one prompt set.
+    """
+    import seaborn as sns
+    from matplotlib.figure import Figure
+
+    from kdbench.worlds.catalogue import TEACHER_STOP, stop_rate
+
+    places = [stop_rate(rate) for rate in STOP_RATES]
+    sets = [arrays_of(place, prompts, 2, 0) for place in places]
+    folder.mkdir(parents=True, exist_ok=True)
+    colors = sns.color_palette("colorblind", len(_SHOWN))
+    with sns.axes_style("ticks"):
+        figure = Figure(figsize=(7.5, 4), layout="constrained")
+        ax = figure.subplots()
+        for at, (name, (label, marker, line)) in enumerate(_SHOWN.items()):
+            truth = [Truth(place).value(name, length=length) for place in places]
+            found = [intervals.estimate(name, arrays, {"length": length}) for arrays in sets]
+            values = np.array([[x.value, x.low, x.high] for x in found], dtype=float).T
+            x = np.arange(len(places)) + 0.06 * (at - 1.5)
+            ax.plot(np.arange(len(places)), truth, color=colors[at], linestyle=line, label=f"{label}: truth")
+            spread = np.abs(values[1:] - values[0])
+            ax.errorbar(x, values[0], spread, color=colors[at], marker=marker, linestyle="none", capsize=2,
+                        markersize=5, label=f"{label}: estimate")  # fmt: skip
+        ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+        ax.set_xticks(np.arange(len(places)), [f"{rate:g}" for rate in STOP_RATES])
+        ax.set(
+            xlabel=f"the student's stop probability per token (the teacher's: {TEACHER_STOP:g})",
+            ylabel=f"ExAccErr({length}) (%)",
+        )
+        ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+        paths = [folder / f"stop_rate.{suffix}" for suffix in ("png", "svg")]
+        for path in paths:
+            figure.savefig(path, dpi=150)
+    return paths
