@@ -1,7 +1,8 @@
 """Figures of exposure bias: PNG and SVG, with 95 % intervals, readable in greyscale.
 
     ex_acc_err            ExAccErr (alive) over generation steps (Figure 3a of the PromptKD paper)
-    ex_acc_err_training   ExAccErr of training snapshots over optimizer steps (its Figure 3b)
+    ex_acc_err_training   ExAccErr of training snapshots over optimizer steps (its Figure 3b), a panel per row
+                          with the others in grey
     errors                R(l) and l epsilon(l)
     survival              share of responses that still run
     decomposition         length term and state term of R - l epsilon over all responses, at one l
@@ -9,10 +10,11 @@
     variants              ExAccErr by every definition, at one l
     hand_over, corruption, recovery     see `kdbench.counterfactuals`, where runs have them
 
-A row whose student is its teacher is left out, as all of it is 0 by definition. Curves that are conditional on
-running reach to a survival of `MIN_SURVIVAL`.
+A row whose student is its teacher is left out beside others, as all of it is 0 by definition. Curves that are
+conditional on running reach to a survival of `MIN_SURVIVAL`.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,7 +67,7 @@ def draw(rows: Sequence[Row], out: Path) -> list[Path]:
     return book.paths
 
 
-def _excess_per_response(arrays: Arrays, weights: Array, length: int) -> Array:
+def excess_per_response(arrays: Arrays, weights: Array, length: int) -> Array:
     """R - E of arora22-paper: what length and state term add up to."""
     student, teacher = (
         estimators.arora_paper_error_nats(arrays, weights, length, g) for g in ("student", "teacher")
@@ -87,9 +89,7 @@ class _Book:
             grey = {"color": "0.5", "linewidth": 1.0, "markersize": 4}
             self.look[id(row)] = look | (grey if row.reference else {"color": next(colors), "markersize": 5})
         self.ratios = [
-            row
-            for row in self.rows
-            if intervals.ex_acc_err_estimate(row.arrays, row.length()).unit == "%"
+            row for row in self.rows if intervals.ex_acc_err_estimate(row.arrays, row.length()).unit == "%"
         ]
 
     # ---------------------------------------------------------------------------------------------- parts
@@ -105,7 +105,7 @@ class _Book:
         look, every = self.look[id(row)], max(1, len(x) // 8)
         first = self.rows.index(row) * every // max(1, len(self.rows)) if every > 1 else 0
         ax.plot(x, band[0], label=row.title, markevery=(first, every), **look)
-        ax.fill_between(x, band[1], band[2], color=look["color"], alpha=0.15, linewidth=0)
+        ax.fill_between(x, band[1], band[2], color=look["color"], alpha=0.12, linewidth=0)
 
     def points(self, ax: "Axes", y: Iterable[float], found: Iterable[Estimate], **look: Any) -> None:
         """Points with interval marks, one per estimate that has a value."""
@@ -150,7 +150,8 @@ class _Book:
         figure, axes = self.sheet()
         ax = axes[0, 0]
         for row in self.ratios:
-            self.line(ax, row, np.arange(1, row.reach + 1), self.band(row, VARIANTS["alive"].curve, row.reach))
+            band = self.band(row, estimators.ex_acc_err_alive_curve, row.reach)
+            self.line(ax, row, np.arange(1, row.reach + 1), band)
         ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
         ax.set(xlabel=_STEP, ylabel="ExAccErr(l) (%)")
         self.finish(figure, "ex_acc_err")
@@ -161,15 +162,27 @@ class _Book:
             return
         least = min(reach(run) for _, found in taken for runs in found.values() for run in runs)
         length = max((length for length in LENGTHS if length <= least), default=1)
-        figure, axes = self.sheet()
-        ax = axes[0, 0]
+        bands: list[tuple[Row, list[int], Band]] = []
         for row, found in taken:
             made = [intervals.ex_acc_err_estimate(runs, length) for runs in found.values()]
             numbers = [(one.value, one.low, one.high) if one.unit == "%" else (None,) * 3 for one in made]
-            self.line(ax, row, list(found), tuple(np.array(numbers, dtype=float).T))  # type: ignore[arg-type]
-        ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
-        ax.set(xlabel="optimizer steps", ylabel=f"ExAccErr({length}) (%)")
-        self.finish(figure, "ex_acc_err_training")
+            point, low, high = np.array(numbers, dtype=float).T
+            bands.append((row, list(found), (point, low, high)))
+        across = min(len(bands), 4 if len(bands) > 6 else 3)
+        down = math.ceil(len(bands) / across)
+        size = (0.8 + 2.7 * across, 0.5 + 2.4 * down)
+        figure, axes = self.sheet(across, down, sharex=True, sharey=True, figsize=size)
+        for ax, (row, steps, band) in zip(axes.flat, bands, strict=False):
+            for _, others, other in bands:
+                ax.plot(others, other[0], color="0.8", linewidth=0.8, zorder=0.5)
+            self.line(ax, row, steps, band)
+            ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+            ax.set_title(row.title)
+        for ax in axes.flat[len(bands) :]:
+            ax.set_visible(False)
+        figure.supxlabel("optimizer steps", fontsize="medium")
+        figure.supylabel(f"ExAccErr({length}) (%)", fontsize="medium")
+        self.finish(figure, "ex_acc_err_training", legend=False)
 
     def errors(self) -> None:
         figure, axes = self.sheet(2, sharey=True, sharex=True)
@@ -216,7 +229,7 @@ class _Book:
             ax.barh(y, found, left=left, height=0.55, edgecolor="0.2", linewidth=0.6, label=label, **look)
             for one in (1, -1):
                 start[one] += np.where(sign == one, found, 0)
-        total = [row.estimate(_excess_per_response, length=length) for row in self.rows]
+        total = [row.estimate(excess_per_response, length=length) for row in self.rows]
         self.points(ax, y, total, marker="D", color="black", markerfacecolor="white", label="their sum")
         ax.axvline(0, color="0.3", linewidth=0.8)
         self.named(ax)
@@ -238,12 +251,19 @@ class _Book:
             ax.axvline(0, color="0.3", linewidth=0.8, zorder=0)
             self.named(ax)
             ax.set_xlabel(f"{label},\nfirst {length} tokens")
+            ax.locator_params(axis="x", nbins=4)
         self.finish(figure, "reliability", legend=False)
 
     def variants(self) -> None:
         import seaborn as sns
 
-        length = self.length()
+        matched = [
+            reach({"student_count": run["matched_count"], "prompt": run["prompt"]})
+            for row in self.rows
+            if not row.reference
+            for run in row.arrays
+        ]
+        length = max((one for one in LENGTHS if one <= min([*matched, self.length()])), default=1)
         named: list[tuple[str, str, str]] = [(name, name, "") for name in VARIANTS if name != "abs"]
         named.append(("minillm-code", "minillm-code, 6-gram ban", "minillm"))
         found: dict[str, list[Estimate]] = {}

@@ -37,7 +37,7 @@ class Row:
 
     folders: list[RunFolder]
     records: list[RunRecord]
-    arrays: list[Arrays]  # of each run, under the names that `kdbench.per_prompt` gives them
+    arrays: Sequence[Arrays]  # of each run, under the names that `kdbench.per_prompt` gives them
 
     @property
     def name(self) -> str:
@@ -91,10 +91,10 @@ class Row:
         ]
         return replace(self, arrays=views)
 
-    def snapshots(self) -> dict[int, list[Arrays]]:
+    def snapshots(self) -> dict[int, Sequence[Arrays]]:
         """The arrays of each snapshot step that every run has, one per run, student and teacher rolled in."""
         paths = [dict(folder.snapshots()) for folder in self.folders]
-        out = {}
+        out: dict[int, Sequence[Arrays]] = {}
         for step in sorted(set(paths[0]).intersection(*paths[1:])):
             found = [per_prompt.arrays(read_evidence(mine[step])) for mine in paths]
             if all("teacher_count" in run for run in found):

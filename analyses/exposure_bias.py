@@ -3,10 +3,10 @@
 Source: Arora et al. 2022, https://arxiv.org/abs/2204.01171, sec. 3 (ExAccErr); MiniLLM (Gu et al. 2024,
 https://arxiv.org/abs/2306.08543), `evaluate_exposure_bias.py`, for `ex_acc_err_minillm`; for the other
 measures see `kdbench.estimators`.
-Differs: `ex_acc_err@l` averages each step over the responses that still run there, so that a change of response
-length alone does not move it, and measures the first response token; the published definitions are scores of
-their own. `ex_acc_err_minillm` is the script's formula on whatever decoding the evidence has; the script's
-decoding (ban on repeated 6-grams) is the profile `minillm`, scores `minillm/ex_acc_err_minillm@l`.
+Differs: `ex_acc_err@l` averages each step over the responses that still run there, so that a change of
+response length alone does not move it, and measures the first response token; the published definitions are
+scores of their own. `ex_acc_err_minillm` is the script's formula on whatever decoding the evidence has; the
+script's decoding (ban on repeated 6-grams) is the profile `minillm`, scores `minillm/ex_acc_err_minillm@l`.
 
 Divergences are in nats over the full vocabulary, KL(p||q) unless a score's name says otherwise; l counts
 response tokens. Every interval is a 95 % interval over prompts, see `kdbench.intervals`.
@@ -33,9 +33,11 @@ DIVERGENCE = "forward_kl"
 
 @dataclass(frozen=True)
 class Settings:
-    """`divergences`: those whose scores are wanted; KL(p||q) always is, the others' are prefixed by their name.
+    """`divergences`: KL(p||q) is always scored; the scores of others are prefixed by their names.
 
-    `resamples`: draws of prompts per interval. Raises: UserError for an unknown divergence or under 100 draws.
+    `resamples`: draws of prompts per interval.
+
+    Raises: UserError for an unknown divergence or under 100 draws.
     """
 
     divergences: list[str] = field(default_factory=lambda: [DIVERGENCE])
@@ -85,12 +87,21 @@ class _Row:
         return mine if self.variant else ["student_count", "teacher_count"]
 
 
-def _both(name: str, *row: Any, teacher: str = "", **more: Any) -> tuple[_Row, _Row]:
+def _both(
+    name: str,
+    estimator: str,
+    inputs: str,
+    unit: str = "",
+    direction: str = "none",
+    args: Mapping[str, Any] | None = None,
+    teacher: str = "",
+    **more: Any,
+) -> tuple[_Row, _Row]:
     """A score under the student's roll-in and, as `teacher` or `teacher_<name>`, under the teacher's."""
-    args = more.pop("args", {})
-    one = _Row(name, *row, args={**args, "roll_in": "student"}, **more)
-    named = teacher or f"teacher_{name}"
-    return one, replace(one, name=named, direction="none", args={**args, "roll_in": "teacher"})
+    student = {**(args or {}), "roll_in": "student"}
+    one = _Row(name, estimator, inputs, unit, direction, student, **more)
+    other = {**student, "roll_in": "teacher"}
+    return one, replace(one, name=teacher or f"teacher_{name}", direction="none", args=other)
 
 
 def _variant(name: str, variant: str, running: bool) -> _Row:
@@ -98,7 +109,7 @@ def _variant(name: str, variant: str, running: bool) -> _Row:
     return _Row(name, found.estimator, found.inputs, found.unit, "lower", running=running, variant=variant)
 
 
-_SUMS = "*_sum *_count"
+_SUMS, _PER = "*_sum *_count", "nats/token"
 _ERROR, _MINILLM = "accumulated_error", "accumulated_error_minillm"
 _ROWS: tuple[_Row, ...] = (
     *_both("length", "mean_length_tokens", "*_count", "tokens", whole=True),
@@ -115,20 +126,24 @@ _ROWS: tuple[_Row, ...] = (
     _Row("state_term", "state_term_nats", _SUMS, "nats", "lower"),
     *_both("growth_exponent", "growth_exponent", _SUMS, "", "lower", running=True, first=2),
     _Row("eb_c", "eb_c", _SUMS, "", "lower", running=True),
-    _Row("state_shift", "state_shift_nats", "student_reverse_kl student_count", "nats", "lower"),
-    _Row("state_shift_reverse", "state_shift_reverse_nats", "teacher_forward_kl teacher_count", "nats", "lower"),
+    _Row("state_shift", "state_shift_nats", "student_reverse_kl student_count", "nats"),
+    _Row("state_shift_reverse", "state_shift_reverse_nats", "teacher_forward_kl teacher_count", "nats"),
     *_both("acceptance", "acceptance", "*_total_variation *_count", "", "higher"),
     _Row("acceptance_drop", "acceptance_drop", "*_total_variation *_count", "", "lower"),
     _Row("teacher_entropy_rise", "teacher_entropy_rise", "*_teacher_entropy *_count", "nats", "lower"),
     _Row("teacher_surprise_rise", "teacher_surprise_rise", "*_surprise *_count", "nats", "lower"),
-    *_both("entropy_drift", "entropy_drift", "*_student_entropy *_count", "nats/token", running=True, first=2),
+    *_both("entropy_drift", "entropy_drift", "*_student_entropy *_count", _PER, running=True, first=2),
     _Row("eos_hazard_ratio", "eos_hazard_ratio", "*_ended *_count"),
     *_both("seq_rep_4", "seq_rep", "*_seq_rep_4 *_seq_rep_4_count", args={"n": 4}, whole=True),
     *(
         row
         for window in per_prompt.WINDOWS
         for row in _both(
-            f"rep_{window}", "rep", f"*_rep_{window} *_count", args={"window": window, "length": 0}, whole=True
+            f"rep_{window}",
+            "rep",
+            f"*_rep_{window} *_count",
+            args={"window": window, "length": 0},
+            whole=True,
         )
     ),
     *_both("loop_rate", "loop_rate", "*_loop *_count", "", "lower", whole=True),
@@ -260,8 +275,8 @@ def _resampled(row: _Row, lengths: Sequence[int], longest: int) -> Callable[...,
 def analyze(run: RunFolder, settings: Settings | None = None) -> Analysis:
     """Scores at every l of `LENGTHS` as far as the data reach (`<name>@l`) and of whole responses.
 
-    ExAccErr (%) by definition, `ex_acc_err` (alive), `_matched`, `_arora_paper`, `_arora_code`, `_minillm`, and
-    R - l epsilon `excess` (nats); `accumulated_error` = R(l), `teacher_error` = l epsilon(l), and both
+    ExAccErr (%) by definition, `ex_acc_err` (alive), `_matched`, `_arora_paper`, `_arora_code`, `_minillm`,
+    and R - l epsilon `excess` (nats); `accumulated_error` = R(l), `teacher_error` = l epsilon(l), and both
     `_minillm` (nats); `length_term` + `state_term` (nats); `growth_exponent`, `eb_c`, `state_shift`,
     `acceptance`, reliability of the teacher, entropy drift, survival, lengths, stopping and repetition as
     `kdbench.estimators` has them; under the teacher's roll-in they are named `teacher_<name>`. Prefixes:
@@ -394,7 +409,8 @@ def compare(
     tasks, training seeds or definitions of a score; UserError where a run has no such score, or none with
     values per prompt.
     """
-    sides = [sorted(((run, run.record) for run in side), key=lambda x: x[1].seed) for side in (runs_a, runs_b)]
+    pairs = [[(run, run.record) for run in side] for side in (runs_a, runs_b)]
+    sides = [sorted(side, key=lambda pair: pair[1].seed) for side in pairs]
     seeds = [[record.seed for _, record in side] for side in sides]
     if len(seeds[0]) != len(seeds[1]) or (len(seeds[0]) > 1 and seeds[0] != seeds[1]):
         said = " and ".join(", ".join(map(str, one)) or "none" for one in seeds)
@@ -414,18 +430,18 @@ def compare(
                 if score.estimator is None:
                     raise UserError(f"{run.path}: {name} has no values per prompt to compare by.")
                 like = like or score
+                both = f"{first.path} and {run.path}: {name}"
                 if (score.estimator, score.args) != (like.estimator, like.args):
-                    raise RecordError(f"{first.path} and {run.path}: {name} is another estimator or argument.")
+                    raise RecordError(f"{both} has another estimator or other arguments.")
                 if record.task != first_record.task:
-                    raise RecordError(f"{first.path} and {run.path}: {name} is of another task or revision.")
+                    raise RecordError(f"{both} is of another task or revision.")
                 told = [_conditions(one, name) for one in (first_record, record)]
                 require_same_conditions(told[0], told[1], (str(first.path), str(run.path)))
                 inputs[-1].append({key: arrays[stored] for key, stored in score.arrays.items()})
-        assert like is not None and like.estimator is not None
-        a, b = (
-            intervals.estimate(like.estimator, side, like.args, unit=like.unit, how=how) for side in inputs
-        )
-        apart = intervals.paired(like.estimator, *inputs, like.args, unit=like.unit, how=how)
+        assert like is not None
+        function, unit = str(like.estimator), like.unit
+        a, b = (intervals.estimate(function, side, like.args, unit=unit, how=how) for side in inputs)
+        apart = intervals.paired(function, inputs[0], inputs[1], like.args, unit=unit, how=how)
         out.append(Comparison(name, a, b, apart))
     return out
 
@@ -442,8 +458,8 @@ def _conditions(record: Any, name: str) -> Mapping[str, Any]:
 def figures(runs: RunFolder | Sequence[RunFolder], out: Path) -> list[Path]:
     """Draw PNG and SVG files into `out`, write `summary-<row>.md` for each row, and return their paths.
 
-    Runs of one row are averaged; bands and marks are 95 % intervals over prompts, and over training seeds where
-    there are three or more. See `analyses._exposure_figures` for the figures.
+    Runs of one row are averaged; bands and marks are 95 % intervals over prompts, and over training seeds
+    where there are three or more. See `analyses._exposure_figures` for the figures.
 
     Raises: RecordError where a run has no scores, or where runs were made under different conditions.
     """
@@ -469,5 +485,5 @@ def summary(runs: RunFolder | Sequence[RunFolder]) -> str:
 
     found = rows(runs)
     if len(found) != 1:
-        raise RecordError(f"a summary is of one row, not of {', '.join(row.name for row in found) or 'none'}.")
+        raise RecordError(f"a summary is of one row, not of: {', '.join(row.name for row in found)}.")
     return write(found[0])

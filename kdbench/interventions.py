@@ -204,7 +204,7 @@ class _Lab:
         device = next(model.parameters()).device
         given, mask = predict(model, batch.to(device)), target_mask(batch)
         row, at = mask.nonzero(as_tuple=True)
-        u = _uniform("replacement", batch["example_id"][row], at + 1).to(device)
+        u = _uniform("replacement", batch["example_id"][row], at + 1 - batch["prompt_length"][row]).to(device)
         if given.vocab - len(self.special) < 2:
             raise ValueError(
                 f"interventions: a vocabulary of {given.vocab} has nothing to replace a token by"

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from kdbench.clock import phase
@@ -99,24 +100,24 @@ def rollout(
     if offset is not None and not bool(((offset >= 0) & (offset <= max_new_tokens)).all()):
         raise ValueError(f"rollout: response_offset is not in 0..max_new_tokens = {max_new_tokens}")
     sampler = _Sampler(models, 0.0 if mix is None else mix[1], temperature, top_k, top_p, no_repeat_ngram)
-    ids, finished = batch["input_ids"], torch.zeros(batch.size, dtype=torch.bool)
-    responses: list[list[int]] = [[] for _ in range(batch.size)]
+    drawn = torch.zeros((batch.size, max_new_tokens), dtype=torch.long)
+    new, finished = torch.zeros(batch.size, dtype=torch.long), torch.zeros(batch.size, dtype=torch.bool)
     with phase("rollout"), evaluating(*models):
         order = torch.argsort(batch["prompt_length"].cpu(), stable=True)
         if offset is not None:
             order = order[(offset.cpu() < max_new_tokens)[order]]
         for chunk in order.split(max(1, step.rollout_batch)) if len(order) else ():
-            for row, tokens, ended in sampler.sample(batch, chunk, step, max_new_tokens):
-                responses[row], finished[row] = tokens, ended
-    new = torch.tensor([len(tokens) for tokens in responses], dtype=torch.long, device=ids.device)
-    length = batch["prompt_length"] + new
-    joined = ids.new_zeros((batch.size, int(length.max()) if batch.size else 1))
-    for row, tokens in enumerate(responses):
-        prompt = int(batch["prompt_length"][row])
-        joined[row, :prompt] = ids[row, :prompt]
-        joined[row, prompt : prompt + len(tokens)] = torch.tensor(tokens, dtype=ids.dtype)
+            drawn[chunk], new[chunk], finished[chunk] = sampler.sample(batch, chunk, step, max_new_tokens)
+    ids, prompt = batch["input_ids"], batch["prompt_length"].cpu()
+    length = prompt + new
+    width = int(length.max()) if batch.size else 1
+    place = torch.arange(width) - prompt[:, None]
+    text = pad(ids.cpu(), (0, max(0, width - ids.shape[1])))[:, :width]
+    joined = torch.where(place < 0, text, drawn.gather(1, place.clamp(0, max_new_tokens - 1)))
+    joined = joined.masked_fill(place >= new[:, None], 0).to(ids.device, ids.dtype)
+    length, finished = length.to(ids.device), finished.to(ids.device)
     step.count("tokens_sampled", float(new.sum()))
-    return batch.replace(input_ids=joined, length=length, finished=finished.to(ids.device)).with_totals(None)
+    return batch.replace(input_ids=joined, length=length, finished=finished).with_totals(None)
 
 
 def _check_positions(model: nn.Module, batch: Batch, max_new_tokens: int) -> None:
@@ -151,60 +152,59 @@ class _Sampler:
             top_p,
             ngram,
         )
-        self.eos = end_tokens(models[0])
+        self.eos = torch.tensor(sorted(end_tokens(models[0])), dtype=torch.long)
 
     def sample(
         self, batch: Batch, rows: Tensor, step: Keyed, max_new_tokens: int
-    ) -> Iterator[tuple[int, list[int], bool]]:
-        """Yield (row of `batch`, response tokens, ended) for each of `rows`."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return for each of `rows` its response tokens [n, max_new_tokens], 0 behind the last, how many they
+        are [n] and whether they ended [n] bool; on the CPU.
+        """
         device = next(self.views[0].inner.parameters()).device
         lengths = batch["prompt_length"].cpu()[rows]
         width = int(lengths.max())
-        prompts = [
-            batch["input_ids"][row, :n].tolist()
-            for row, n in zip(rows.tolist(), lengths.tolist(), strict=True)
-        ]
-        padded = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
-        mask = (torch.arange(width) >= (width - lengths)[:, None]).to(device)
+        place = torch.arange(width) - (width - lengths)[:, None]
+        padded = batch["input_ids"].cpu()[rows].gather(1, place.clamp(min=0)).masked_fill(place < 0, 0)
         example_id = batch["example_id"].to(device)[rows.to(device)]
-        streams = [_Stream(view, padded, mask) for view in self.views]
-        bans = [_NgramBan(self.ngram, prompt) for prompt in prompts] if self.ngram else []
-        live = list(range(len(prompts)))
-        responses: list[list[int]] = [[] for _ in prompts]
+        streams = [_Stream(view, padded.to(device), (place >= 0).to(device)) for view in self.views]
+        prompts = zip(padded.tolist(), lengths.tolist(), strict=True) if self.ngram else ()
+        bans = [_NgramBan(self.ngram, prompt[width - length :]) for prompt, length in prompts]
+        responses = torch.zeros((len(rows), max_new_tokens), dtype=torch.long)
+        count, ended = torch.zeros_like(rows), torch.zeros(len(rows), dtype=torch.bool)
         offset = batch["response_offset"].to(device)[rows.to(device)] if "response_offset" in batch else None
-        room = [max_new_tokens] * len(prompts) if offset is None else (max_new_tokens - offset).tolist()
-        for index in range(max(room)):
+        room = torch.full_like(rows, max_new_tokens) if offset is None else max_new_tokens - offset.cpu()
+        live = torch.arange(len(rows))
+        for index in range(int(room.max())):
             position: Any = index if offset is None else offset + index  # one number, or one per row
             probabilities = self._probabilities([stream.logits for stream in streams])
             if bans:
-                self._forbid(probabilities, [bans[i] for i in live])
+                self._forbid(probabilities, [bans[i] for i in live.tolist()])
             probabilities = self._truncate(probabilities)
             if self.temperature == 0:
                 tokens = probabilities.argmax(-1)
             else:
                 tokens = _inverse_cdf(probabilities, uniform(step.seed, example_id, step.visit, position))
-            drawn = tokens.tolist()
-            if max(drawn) >= probabilities.shape[-1]:  # what searchsorted gives for NaN
+            drawn = tokens.cpu()
+            if int(drawn.max()) >= probabilities.shape[-1]:  # what searchsorted gives for NaN
                 raise Diverged(f"sampling: the distribution of response token {index} is not finite")
-            keep = []
-            for slot, (i, token) in enumerate(zip(live, drawn, strict=True)):
-                responses[i].append(token)
-                if bans:
-                    bans[i].push(token)
-                if token in self.eos or len(responses[i]) == room[i]:
-                    yield int(rows[i]), responses[i], token in self.eos
-                else:
-                    keep.append(slot)
-            if not keep:
-                return
-            if len(keep) < len(live):
-                kept = torch.tensor(keep, device=device)
-                live, tokens, example_id = [live[slot] for slot in keep], tokens[kept], example_id[kept]
+            responses[live, index], count[live] = drawn, index + 1
+            for i, token in zip(live.tolist(), drawn.tolist(), strict=True) if bans else ():
+                bans[i].push(token)
+            last = torch.isin(drawn, self.eos)
+            ended[live] = last
+            keep = ~last & (index + 1 < room[live])
+            if not keep.any():
+                break
+            if not keep.all():
+                kept = keep.nonzero()[:, 0]
+                live, kept = live[kept], kept.to(device)
+                tokens, example_id = tokens[kept], example_id[kept]
                 offset = None if offset is None else offset[kept]
                 for stream in streams:
                     stream.keep(kept)
             for stream in streams:
                 stream.push(tokens)
+        return responses, count, ended
 
     def _probabilities(self, logits: list[Tensor]) -> Tensor:
         scale = self.temperature or 1.0

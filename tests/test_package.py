@@ -17,7 +17,10 @@ CHECKOUT = (ROOT / "pyproject.toml").is_file()
 in_checkout = pytest.mark.skipif(not CHECKOUT, reason="needs the checkout")
 
 # What must answer at once: neither torch nor transformers may be imported.
-WITHOUT_TORCH = "errors paths strict config registry record evidence estimators board cli __main__".split()
+WITHOUT_TORCH = (
+    "errors paths strict config registry record evidence per_prompt estimators counterfactuals intervals "
+    "compare board cli commands __main__ worlds.tables worlds.catalogue worlds.truth"
+).split()
 
 
 @pytest.mark.parametrize("module", WITHOUT_TORCH)

@@ -127,7 +127,8 @@ def test_arrays_equal_loops_over_responses(seed: int) -> None:
     rng = np.random.default_rng(seed)
     longest = (1, 3, 9, 20, 40, 9)[seed]
     draws = [{"student": 2, "teacher": 3, "reference": 1}, {"student": 1, "teacher": 1}][seed % 2]
-    rows, divergence = random_rows(rng, draws, longest=longest), DIVERGENCES[seed % 4]
+    tokens = 30 if longest == 40 else 3  # with 30 kinds some repeats are just at the edge of a window
+    rows, divergence = random_rows(rng, draws, longest=longest, tokens=tokens), DIVERGENCES[seed % 4]
     found = arrays(in_memory(rows), divergence)
     width = found["student_count"].shape[1]
     assert width == max(row["position"] for row in rows if row["alive"]) + 1
