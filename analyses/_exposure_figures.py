@@ -37,7 +37,7 @@ _STEP = "generation step l (tokens)"
 _KINDS = {
     "random": "random token",
     "teacher_unlikely": "token unlikely for the teacher",
-    "student": "student's own token",
+    "student": "token drawn from the student",
 }
 _HORIZON = 30  # tokens behind a replaced one
 
@@ -88,9 +88,7 @@ class _Book:
             look = {"linestyle": _STYLES[i % len(_STYLES)], "marker": _MARKERS[i % len(_MARKERS)]}
             grey = {"color": "0.5", "linewidth": 1.0, "markersize": 4}
             self.look[id(row)] = look | (grey if row.reference else {"color": next(colors), "markersize": 5})
-        self.ratios = [
-            row for row in self.rows if intervals.ex_acc_err_estimate(row.arrays, row.length()).unit == "%"
-        ]
+        self.ratios = [row for row in self.rows if row.has_ratio]
 
     # ---------------------------------------------------------------------------------------------- parts
     def sheet(self, across: int = 1, down: int = 1, **more: Any) -> "tuple[Figure, Any]":
@@ -104,6 +102,8 @@ class _Book:
         """A row's curve with its band; markers are spread so that those of other rows lie beside them."""
         look, every = self.look[id(row)], max(1, len(x) // 8)
         first = self.rows.index(row) * every // max(1, len(self.rows)) if every > 1 else 0
+        if np.asarray(x).dtype.kind == "i":
+            ax.locator_params(axis="x", integer=True)
         ax.plot(x, band[0], label=row.title, markevery=(first, every), **look)
         ax.fill_between(x, band[1], band[2], color=look["color"], alpha=0.12, linewidth=0)
 
@@ -164,9 +164,9 @@ class _Book:
         length = max((length for length in LENGTHS if length <= least), default=1)
         bands: list[tuple[Row, list[int], Band]] = []
         for row, found in taken:
-            made = [intervals.ex_acc_err_estimate(runs, length) for runs in found.values()]
-            numbers = [(one.value, one.low, one.high) if one.unit == "%" else (None,) * 3 for one in made]
-            point, low, high = np.array(numbers, dtype=float).T
+            curve = estimators.ex_acc_err_alive_curve
+            made = [np.array(intervals.band(curve, runs, length))[:, -1] for runs in found.values()]
+            point, low, high = np.array(made).T
             bands.append((row, list(found), (point, low, high)))
         across = min(len(bands), 4 if len(bands) > 6 else 3)
         down = math.ceil(len(bands) / across)

@@ -67,6 +67,14 @@ class Row:
         return not any(np.any(run[f"{g}_sum"]) for run in self.arrays for g in ("student", "teacher"))
 
     @cached_property
+    def has_ratio(self) -> bool:
+        """Whether l epsilon(l) is far enough from 0 for ExAccErr, or there is no error at all."""
+        length = self.length()
+        own = self.estimate("accumulated_error_nats", length=length, roll_in="teacher")
+        least = own.value if own.low is None else own.low
+        return self.same_models or (least or 0.0) / length >= intervals.MIN_EPSILON_NATS
+
+    @cached_property
     def reach(self) -> int:
         """The longest l that every run reaches."""
         return min(reach(run) for run in self.arrays)

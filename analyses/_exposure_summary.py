@@ -4,9 +4,9 @@ Words follow from 95 % intervals, never from values alone: something *is* so onl
 one side of no effect, it *cannot be told* where the interval contains no effect (or comes within 1e-6 of it,
 as rounding does), and it is *not known* where there is no interval. No effect is 0 for differences and
 ExAccErr, 1 for the growth exponent and the EOS hazard ratio. One term is larger than the other only where the
-interval of the difference of their sizes lies on one side of 0. A wrong token has a cost only where its excess
-in all lies above 0; then the student recovers where the half-life has an interval, and does not where it has
-none and the excess at the last position lies above 0.
+interval of the difference of their sizes lies on one side of 0. A wrong token has a cost only where its
+excess in all lies above 0; then the student recovers where the half-life has an interval, and does not where
+it has none and the excess at the last position lies above 0.
 """
 
 import re
@@ -28,7 +28,7 @@ _HANDED = 16  # tokens
 _KINDS = {
     "random": "a random one",
     "teacher_unlikely": "one unlikely for the teacher",
-    "student": "one of the student's own",
+    "student": "one drawn from the student",
 }
 
 
@@ -114,10 +114,10 @@ def _accumulation(row: Row) -> list[str]:
         excess,
         f"**Error accumulates**: over the first {last} tokens the student is farther from the teacher on its "
         "own prefixes than on the teacher's",
-        f"**Error does not accumulate**: over the first {last} tokens the student is nearer to the teacher on "
-        "its own prefixes than on the teacher's",
-        f"**It cannot be told whether error accumulates** over the first {last} tokens: the interval contains "
-        "0",
+        f"**Error does not accumulate**: over the first {last} tokens the student is nearer to the teacher "
+        "on its own prefixes than on the teacher's",
+        f"**It cannot be told whether error accumulates** over the first {last} tokens: the interval "
+        "contains 0",
     )
     what = f"ExAccErr({last})" if excess.unit == "%" else f"R − l ε at l = {last}"
     because = f"; {excess.warning.rstrip('.')}" if excess.warning else ""
@@ -239,8 +239,8 @@ def _recovery(row: Row) -> list[str]:
         )
     lines += _hand_over(row.intervention("hand_over"))
     return lines or [
-        f"Not measured: `kdbench collect {row.records[0].run_id} --intervention all` tries what happens after "
-        "a wrong token and when one model hands over to the other."
+        f"Not measured: `kdbench collect {row.records[0].run_id} --intervention all` tries what happens "
+        "after a wrong token and when one model hands over to the other."
     ]
 
 
@@ -303,8 +303,8 @@ def _certainty(row: Row) -> list[str]:
     over = (
         f"Intervals are over prompts and {count} training seeds."
         if count >= MIN_SEEDS
-        else f"Intervals are over prompts only: with {_plural(count, 'training seed')} it is not known how much "
-        "another seed would move the numbers."
+        else f"Intervals are over prompts only: with {_plural(count, 'training seed')} it is not known how "
+        "much another seed would move the numbers."
     )
     lines = [f"- {over}", f"- Runs: {', '.join(one.run_id for one in row.records)}."]
     warnings: dict[str, list[str]] = {}

@@ -23,11 +23,11 @@ from analyses._exposure_rows import LENGTHS, VERSION, reach, rows
 from kdbench import estimators, intervals, per_prompt
 from kdbench.errors import UserError, unknown
 from kdbench.estimators import ESTIMATORS, Array
-from kdbench.evidence import DIVERGENCES, Evidence, conditions, read_evidence, require_same_conditions
-from kdbench.intervals import MIN_EPSILON_NATS, MIN_SURVIVAL, VARIANTS, Difference, Estimate, Resampling
+from kdbench.evidence import DIVERGENCES, Evidence, conditions, read_evidence
+from kdbench.intervals import MIN_EPSILON_NATS, MIN_SURVIVAL, VARIANTS, Resampling
 from kdbench.record import Analysis, RecordError, RunFolder, Score
 
-__all__ = ["LENGTHS", "VERSION", "Comparison", "Settings", "analyze", "compare", "figures", "summary"]
+__all__ = ["LENGTHS", "VERSION", "Settings", "analyze", "figures", "summary"]
 DIVERGENCE = "forward_kl"
 
 
@@ -219,8 +219,11 @@ class _Scorer:
                 args["length"] = length
             value = float(function(inputs, ones, **args)[0])
             detail: dict[str, Any] = dict(zip(("low", "high"), _numbers([lows[i], highs[i]]), strict=True))
-            if ratio and not nothing and not lows[i + 2 * len(lengths)] / length >= MIN_EPSILON_NATS:
-                at = i + len(lengths)
+            at, oracle = i + len(lengths), i + 2 * len(lengths)
+            least = next(
+                (one[oracle] for one in (lows, points) if ratio and np.isfinite(one[oracle])), np.inf
+            )
+            if not nothing and least / length < MIN_EPSILON_NATS:
                 excess = _numbers([points[at], lows[at], highs[at]])
                 warning = f"epsilon may be under {MIN_EPSILON_NATS:g} nats: no ratio, R - l epsilon instead."
                 detail = {"low": None, "high": None, "warning": warning}
@@ -229,7 +232,8 @@ class _Scorer:
             elif not np.isfinite(value):
                 detail["warning"] = "not defined on these responses."
             elif detail["low"] is None:
-                detail["warning"] = "no interval: not defined in too many resamples."
+                few = "one prompt is too few" if ones.size < 2 else "not defined in too many resamples"
+                detail["warning"] = f"no interval: {few}."
             usable = value if np.isfinite(value) else None
             arrays = {name: self.keys[name] for name in inputs}
             made.append(
@@ -382,76 +386,6 @@ def _snapshot(evidence: Evidence) -> dict[str, Any]:
         longest = evidence.manifest.max_new_tokens
         out["ex_acc_err_minillm"] = _numbers(estimators.ex_acc_err_minillm_curve(found, ones, longest)[0], 6)
     return out
-
-
-# ---------------------------------------------------------------------------------------- paired comparison
-@dataclass(frozen=True)
-class Comparison:
-    """A score of two methods: each with its interval, and their difference, the first less the second."""
-
-    score: str
-    a: Estimate
-    b: Estimate
-    difference: Difference
-
-
-def compare(
-    runs_a: Sequence[RunFolder],
-    runs_b: Sequence[RunFolder],
-    scores: Sequence[str],
-    how: Resampling = intervals.DEFAULT,
-) -> list[Comparison]:
-    """Compare two methods prompt by prompt; a list per method, one run per training seed, in any order.
-
-    `scores`: full names, of any analysis, e.g. 'exposure_bias/ex_acc_err@30'.
-
-    Raises: RecordError, naming what differs, where the two have other prompts, teachers, decoding settings,
-    tasks, training seeds or definitions of a score; UserError where a run has no such score, or none with
-    values per prompt.
-    """
-    pairs = [[(run, run.record) for run in side] for side in (runs_a, runs_b)]
-    sides = [sorted(side, key=lambda pair: pair[1].seed) for side in pairs]
-    seeds = [[record.seed for _, record in side] for side in sides]
-    if len(seeds[0]) != len(seeds[1]) or (len(seeds[0]) > 1 and seeds[0] != seeds[1]):
-        said = " and ".join(", ".join(map(str, one)) or "none" for one in seeds)
-        raise RecordError(f"a comparison needs the same training seeds: {said}.")
-    loaded = [[(run, record, run.arrays()) for run, record in side] for side in sides]
-    out = []
-    first, first_record, _ = loaded[0][0]
-    for name in scores:
-        inputs: list[list[dict[str, Array]]] = []
-        like: Score | None = None
-        for side in loaded:
-            inputs.append([])
-            for run, record, arrays in side:
-                if name not in record.scores:
-                    raise unknown("score", name, record.scores, str(run.path))
-                score = record.scores[name]
-                if score.estimator is None:
-                    raise UserError(f"{run.path}: {name} has no values per prompt to compare by.")
-                like = like or score
-                both = f"{first.path} and {run.path}: {name}"
-                if (score.estimator, score.args) != (like.estimator, like.args):
-                    raise RecordError(f"{both} has another estimator or other arguments.")
-                if record.task != first_record.task:
-                    raise RecordError(f"{both} is of another task or revision.")
-                told = [_conditions(one, name) for one in (first_record, record)]
-                require_same_conditions(told[0], told[1], (str(first.path), str(run.path)))
-                inputs[-1].append({key: arrays[stored] for key, stored in score.arrays.items()})
-        assert like is not None
-        function, unit = str(like.estimator), like.unit
-        a, b = (intervals.estimate(function, side, like.args, unit=unit, how=how) for side in inputs)
-        apart = intervals.paired(function, inputs[0], inputs[1], like.args, unit=unit, how=how)
-        out.append(Comparison(name, a, b, apart))
-    return out
-
-
-def _conditions(record: Any, name: str) -> Mapping[str, Any]:
-    """The conditions of the evidence that a score was computed from; {} where its analysis has none."""
-    analysis, profile, *_ = [*name.split("/"), ""]
-    detail = record.analyses.get(analysis, {}).get("detail", {})
-    found: Mapping[str, Any] = detail.get("profiles", {}).get(profile, detail).get("conditions", {})
-    return found
 
 
 # ---------------------------------------------------------------------------------------- figures and summary

@@ -31,7 +31,7 @@ import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -45,6 +45,8 @@ from kdbench.record import (
     load,
     load_arrays,
     read_json,
+    save,
+    save_arrays,
     sha256,
     write_json,
 )
@@ -277,6 +279,7 @@ class _Cell:
     runs: dict[int, str]
     prompts: str  # identity of prompts and task; '' where the score has no prompts
     samples: "dict[int, Array]"
+    conditions: dict[str, Any]  # what the evidence behind it was made under; {} where not known
 
 
 def _inputs(score: Score, arrays: "Mapping[str, Array]", where: Path) -> "tuple[dict[str, Array], str]":
@@ -342,7 +345,8 @@ def _cells(
                 value = record.value(column.score)
                 if value is None:
                     continue
-                cell = mine.setdefault(column.score, _Cell({}, {}, "", {}))
+                cell = mine.setdefault(column.score, _Cell({}, {}, "", {}, {}))
+                cell.conditions.update(_conditions(record, column.score))
                 cell.values[seed], cell.runs[seed] = value, record.run_id
                 score = record.scores.get(column.score)
                 if score is None or score.estimator is None:
@@ -371,6 +375,13 @@ def _cells(
                 drawn = ESTIMATORS[str(score.estimator)](inputs, weights, **score.args)
                 samples[rows] = drawn[: rows.stop - rows.start]
     return cells
+
+
+def _conditions(record: RunRecord, score: str) -> Mapping[str, Any]:
+    """What the evidence behind a score was made under; {} where its analysis does not say."""
+    detail = record.analyses.get(score.split("/")[0], {}).get("detail", {})
+    found: Mapping[str, Any] = detail.get("conditions", {})
+    return found
 
 
 def _mean_samples(cell: _Cell) -> "Array | None":
@@ -444,6 +455,14 @@ def _compare(column: ColumnInfo, cells: "Sequence[tuple[_Cell, dict[str, Any], A
         if cell.prompts != best_cell.prompts:
             out["test"] = "not tested: other prompts or task revision than the best row"
             continue
+        if cell.conditions and best_cell.conditions:
+            from kdbench.evidence import require_same_conditions
+
+            try:
+                require_same_conditions(best_cell.conditions, cell.conditions, ("the best row", "this"))
+            except RecordError as error:
+                out["test"] = f"not tested: {error}"
+                continue
         drawn = samples - best_samples
         tail = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
         others.append(out)
@@ -835,9 +854,22 @@ def _check_publishable(folder: Path, board: BoardInfo) -> tuple[RunRecord, list[
     return record, warnings
 
 
+def _keep_columns(record: RunRecord, arrays: "Mapping[str, Array]", columns: set[str]) -> "dict[str, Array]":
+    """The arrays that these columns read; scores of the record that read others lose their estimator."""
+    wanted = {
+        name for key, score in record.scores.items() if key in columns for name in score.arrays.values()
+    }
+    for key, score in record.scores.items():
+        if score.estimator is not None and not wanted.issuperset(score.arrays.values()):
+            record.scores[key] = replace(score, estimator=None, arrays={}, args={})
+    return {name: value for name, value in arrays.items() if name in wanted}
+
+
 def publish(folders: Sequence[Path], board: BoardInfo, replace: bool = False) -> list[str]:
     """Copies the records and arrays of finished runs into the board, refreshes its statistics and table.
 
+    Of the arrays only those that the board's columns read are copied; a score that read others keeps its
+    value.
     Returns warnings. All folders are checked before anything is copied. A run of a row and seed that the
     board has from another run is refused unless `replace`, which removes the other.
 
@@ -862,12 +894,12 @@ def publish(folders: Sequence[Path], board: BoardInfo, replace: bool = False) ->
                 )
             obsolete.append(other)
         accepted.append((folder, record))
+    columns = {column.score for column in board.columns}
     for folder, record in accepted:
-        names = {"record.json": f"{record.run_id}.json", "scores.npz": f"{record.run_id}.npz"}
-        for source, name in reversed(names.items()):
-            if source == "record.json" or record.arrays_sha256 is not None:
-                with atomic(target / name) as file:
-                    file.write((folder / source).read_bytes())
+        if record.arrays_sha256 is not None:
+            arrays = _keep_columns(record, load_arrays(folder / "scores.npz", record.arrays_sha256), columns)
+            record.arrays_sha256 = save_arrays(target / f"{record.run_id}.npz", arrays)
+        save(record, target / f"{record.run_id}.json")
     for entry in obsolete:
         entry.path.unlink(missing_ok=True)
         entry.arrays_path.unlink(missing_ok=True)

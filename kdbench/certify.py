@@ -1,10 +1,11 @@
-"""Certification: every estimator on worlds whose truth is computed, many times, with the code that real runs use.
+"""Certification: every estimator on worlds whose truth is computed, many times, by the code of real runs.
 
-A repetition is a prompt set of `PROMPTS` prompts with one response each: sampled by `kdbench.rollout`, measured
-by `kdbench.collect`, summed by `kdbench.per_prompt`, estimated with an interval by `kdbench.intervals`. Over the
-repetitions the mean of the estimates is compared with the truth (bias), and the share of intervals that hold the
-truth (coverage) with 95 %. The truth is that of `kdbench.worlds.truth` (dynamic programming); for repetition
-measures, whose state would be the whole response, it is the estimator itself on `REFERENCE` other prompts.
+A repetition is a prompt set of `PROMPTS` prompts with one response each: sampled by `kdbench.rollout`,
+measured by `kdbench.collect`, summed by `kdbench.per_prompt`, estimated with an interval by
+`kdbench.intervals`. Over the repetitions the mean of the estimates is compared with the truth (bias), and the
+share of intervals that hold the truth (coverage) with 95 %. The truth is that of `kdbench.worlds.truth`
+(dynamic programming); for repetition measures, whose state would be the whole response, it is the estimator
+itself on `REFERENCE` other prompts.
 """
 
 from __future__ import annotations
@@ -138,7 +139,9 @@ def arrays_of(place: World, count: int, seed: int, first_id: int, scored: bool =
     with evaluating(student, teacher):
         for name, responses in texts.items():
             part = (
-                collect.measure(student, teacher, responses, _MEASURED, True) if scored else _unscored(responses)
+                collect.measure(student, teacher, responses, _MEASURED, True)
+                if scored
+                else _unscored(responses)
             )
             rows = len(part["token"])
             parts.append({**part, "draw": np.zeros(rows, np.int32), "roll_in": np.full(rows, name)})

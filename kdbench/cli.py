@@ -387,7 +387,7 @@ def compare(
     another teacher or other decoding settings.
     """
     from kdbench import commands
-    from kdbench.compare import compare as compared
+    from kdbench.compare import paired
 
     question = config.load_board(board)
     sides = [commands.runs_of(name, question, _size(question, size), runs) for name in (first, second)]
@@ -395,7 +395,7 @@ def compare(
     seeds = [", ".join(str(run.record.seed) for run in side) for side in sides]
     print(f"{first} (seeds {seeds[0]}) less {second} (seeds {seeds[1]}), the same prompts, 95 % intervals")
     table = [["", first, second, "difference", "p"]]
-    for one in compared(*sides, names):
+    for one in paired(sides[0], sides[1], names):
         cells = [commands.interval_text(x) for x in (one.a, one.b, one.difference)]
         p_value = one.difference.p_value
         table.append(

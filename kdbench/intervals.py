@@ -379,9 +379,7 @@ VARIANTS = {
         context=True,
         profile="plain",
     ),
-    "minillm-code": Variant(
-        "ex_acc_err_minillm", "minillm_error_nats", "*_step *_count", profile="minillm"
-    ),
+    "minillm-code": Variant("ex_acc_err_minillm", "minillm_error_nats", "*_step *_count", profile="minillm"),
 }
 
 
@@ -454,7 +452,8 @@ def ex_acc_err_estimate(
     sample = _sample(three, listed, {}, how)
     low, high = sample.interval(how.level)
     warning, at = "", 0 if unit == "%" else 1
-    if unit == "%" and not low[2] / length >= MIN_EPSILON_NATS:
+    least = low[2] if np.isfinite(low[2]) else sample.point[2]  # without an interval the value itself
+    if unit == "%" and not least / length >= MIN_EPSILON_NATS:
         at, unit = 1, "nats"
         warning = f"epsilon may be under {MIN_EPSILON_NATS:g} nats: no ratio; this is R - l epsilon in nats."
     return Estimate(*_numbers(sample, low, high, at), unit, count, warning)

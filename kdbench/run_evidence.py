@@ -26,11 +26,20 @@ from kdbench.stages import Materials, Places, TaskSource, digest
 class RunEvidence:
     """Makes the evidence of the finished model, of snapshots, in further decoding profiles, and interventions.
 
-    Args: `run_id` stands for the student's weights.
+    Args: `run_id` stands for the student's weights, `teacher` for the teacher's; None: the teacher that the run
+    would have now.
     """
 
-    def __init__(self, materials: Materials, config: EvidenceConfig, folder: Path, run_id: str) -> None:
+    def __init__(
+        self,
+        materials: Materials,
+        config: EvidenceConfig,
+        folder: Path,
+        run_id: str,
+        teacher: str | None = None,
+    ) -> None:
         self.materials, self.config, self.run_id = materials, config, run_id
+        self.teacher = teacher or materials.key("teacher")
         self.files, self.places = RunFolder(folder), materials.places
         self._said: dict[tuple[int, ...], Prediction] = {}  # of the frozen teacher, for all snapshots
 
@@ -82,7 +91,7 @@ class RunEvidence:
         )
 
     def _models(self, step: int | None) -> dict[str, str]:
-        return {"student": digest(self.run_id, step), "teacher": self.materials.key("teacher")}
+        return {"student": digest(self.run_id, step), "teacher": self.teacher}
 
     def gold(self) -> Batch:
         """Return the evidence prompts with their references; `finished`: the reference kept its end."""
@@ -97,8 +106,7 @@ class RunEvidence:
         run = self.materials.run
         code = registry.code_hash(registry.code_files([], [run.task]))
         where = [run.device.split(":")[0], run.threads, plan.batch_size]
-        key = self.materials.key("teacher")
-        told = digest(key, prompts_hash(plan.prompts()), plan.decoding, plan.samples, code, where)
+        told = digest(self.teacher, prompts_hash(plan.prompts()), plan.decoding, plan.samples, code, where)
         folder = self.places.cache / "rolled" / told
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
@@ -139,15 +147,12 @@ def of_finished(folder: RunFolder, places: Places) -> tuple[RunEvidence, nn.Modu
     if method.predictor is not Distiller.predictor:
         raise UserError(f"{where}: what {run.method} scores is more than the saved student")
     materials = Materials(run, places)
-    key = materials.key("teacher")
-    if key != found.models["teacher"].revision:
+    teacher = found.models["teacher"].revision
+    if not materials.trained(teacher) and teacher != materials.key("teacher"):
         raise UserError(
-            f"{where}: its teacher was made by other code, settings, data or libraries than are here; run "
-            f"`kdbench run {found.row} --board {found.board}` again"
+            f"{where}: its teacher is not in the cache, and other code, settings, data or libraries than are here "
+            f"made it; `kdbench run {found.row} --board {found.board}` makes the run again"
         )
+    evidence = RunEvidence(materials, run.evidence, folder.path, found.run_id, teacher)
     student = materials.saved("student", folder.path / "student")
-    return (
-        RunEvidence(materials, run.evidence, folder.path, found.run_id),
-        student,
-        materials.model("teacher"),
-    )
+    return evidence, student, materials.stage("teacher", teacher)

@@ -268,6 +268,12 @@ class Materials:
         """Return the model that a run saved in `folder`, as this role. Raises: UserError where it is none."""
         return self._load(role, ModelSpec(model=str(folder)), 0)
 
+    def stage(self, role: str, key: str) -> nn.Module:
+        """Return the model of the stage with this key where the cache has it, else the role's model as it is
+        now.
+        """
+        return self.saved(role, self._folder(key) / "model") if self.trained(key) else self.model(role)
+
     def _load(self, role: str, spec: ModelSpec, seed: int) -> nn.Module:
         """Load a model, cut to the shared ids, that can encode a text for its soft prompt."""
         tokenizer, vocab = self.tokenizer(role), self.shared_vocabulary()

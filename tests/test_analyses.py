@@ -1,4 +1,4 @@
-"""The analyses that need no model: instruction following, exposure bias, memory and time."""
+"""The analyses of outputs and cost: instruction following, memory and time."""
 
 import json
 import random
@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from record_kit import make_manifest, make_record, make_run, response_rows, write_rows
+from record_kit import make_record, make_run
 from rouge_score.rouge_scorer import RougeScorer
 
-from analyses import exposure_bias, instruction_following, memory_time
+from analyses import instruction_following, memory_time
 from analyses.instruction_following import clean, common_subsequence, exact_match, rouge_l, score_rows
 from kdbench.errors import UserError
 from kdbench.estimators import ESTIMATORS
@@ -194,113 +194,6 @@ def test_7500_responses_score_in_seconds() -> None:
     start = time.process_time()
     score_rows(rows)
     assert time.process_time() - start < 8  # about 1.2 on a quiet core
-
-
-# ------------------------------------------------------------------------------------------- exposure bias
-def collect(path: Path, students: list[list[float]], teachers: list[list[float]], **manifest: Any) -> None:
-    """Evidence of one finished response per prompt; the lists are its KL per token."""
-    rows = []
-    for name, responses in (("student", students), ("teacher", teachers)):
-        for example, kl in enumerate(responses):
-            rows += response_rows(name, example, 0, kl, finished=True)
-    write_rows(path, rows, **manifest)
-
-
-def test_exposure_bias_by_hand(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
-    decoding = {**make_manifest().decoding, "max_new_tokens": 16}
-    collect(run.evidence, [[2.0] * 6, [4.0] * 6], [[1.0] * 5, [2.0] * 5], decoding=decoding)
-    record = run.add("exposure_bias", 1, exposure_bias.analyze(run))
-
-    def value(name: str) -> float:
-        found = record.value(f"exposure_bias/{name}")
-        assert found is not None
-        return found
-
-    assert value("accumulated_error@5") == 15
-    assert value("teacher_error@5") == 7.5
-    assert value("ex_acc_err@5") == 100
-    assert value("survival@5") == 1
-    assert value("length") == 6
-    assert value("teacher_length") == 5
-    # the script: positions 1.. of each response, 5 of the student's and 4 of the teacher's, divided by 1.001
-    assert value("accumulated_error_minillm@5") == pytest.approx(15 / 1.001, rel=1e-6)
-    assert value("teacher_error_minillm@15") == pytest.approx(6 / 1.001, rel=1e-6)
-    assert value("ex_acc_err_minillm@15") == pytest.approx(150, rel=1e-6)
-    assert "exposure_bias/ex_acc_err@15" not in record.scores
-    detail = record.analyses["exposure_bias"]["detail"]
-    assert detail["left_out"]["ex_acc_err@15"] == "survival 0.000 is below 0.2"
-    assert detail["left_out"]["ex_acc_err@30"] == "responses have at most 16 tokens"
-    assert detail["curve"]["accumulated_error"] == [3, 6, 9, 12, 15]
-    assert "exposure_bias/ex_acc_err_minillm@30" not in record.scores
-    assert_scores_follow_from_arrays(run)
-
-
-def test_a_teacher_compared_with_itself(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
-    collect(run.evidence, [[0.0] * 6], [[0.0]])
-    record = run.add("exposure_bias", 1, exposure_bias.analyze(run))
-    assert record.value("exposure_bias/ex_acc_err@1") == 0
-    assert record.value("exposure_bias/ex_acc_err_minillm@1") == 0
-
-
-def test_an_undefined_ratio_has_no_value_and_says_why(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
-    collect(run.evidence, [[1.0, 1.0]], [[0.0, 0.0]])
-    score = run.add("exposure_bias", 1, exposure_bias.analyze(run)).scores["exposure_bias/ex_acc_err@1"]
-    assert score.value is None
-    assert "no ratio" in score.detail["undefined"]
-
-
-def test_snapshots_keep_their_curves_with_and_without_the_teacher(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
-    collect(run.evidence, [[2.0, 2.0]], [[1.0, 1.0]])
-    for step in (10, 2):
-        collect(run.path / "evidence" / f"snapshot-{step}.parquet", [[3.0, 3.0]], [[1.0, 2.0]], step=step)
-    write_rows(run.path / "evidence" / "snapshot-20.parquet", response_rows("student", 0, 0, [5.0], True))
-    snapshots = run.add("exposure_bias", 1, exposure_bias.analyze(run)).analyses["exposure_bias"]["detail"][
-        "snapshots"
-    ]
-    assert [one["step"] for one in snapshots] == [2, 10, 20]
-    assert snapshots[0]["ex_acc_err"] == [200, 100]
-    assert snapshots[0]["length"] == 2
-    assert snapshots[2]["accumulated_error"] == [5]
-    assert "ex_acc_err" not in snapshots[2]
-
-
-def test_missing_evidence_and_roll_ins_are_named(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
-    with pytest.raises(RecordError, match="final.json: cannot be read"):
-        exposure_bias.analyze(run)
-    write_rows(run.evidence, response_rows("student", 0, 0, [5.0], True))
-    with pytest.raises(RecordError, match="final.parquet: lacks the teacher roll-in"):
-        exposure_bias.analyze(run)
-    rows = response_rows("student", 0, 0, [5.0], True) + response_rows("teacher", 1, 0, [5.0], True)
-    write_rows(run.evidence, rows)
-    with pytest.raises(RecordError, match="other prompts under student"):
-        exposure_bias.analyze(run)
-
-
-def test_figures_are_drawn_for_several_rows(tmp_path: Path) -> None:
-    rng, runs = np.random.default_rng(0), []
-    for row in ("kd", "gkd"):
-        for seed in (1, 2):
-            run = make_run(tmp_path / f"{row}{seed}", row=row, seed=seed)
-            lists = [[[float(x) for x in rng.random(6)] for _ in range(5)] for _ in range(2)]
-            collect(run.evidence, *lists)
-            for step in (2, 4):
-                collect(run.path / "evidence" / f"snapshot-{step}.parquet", *lists, step=step)
-            run.add("exposure_bias", 1, exposure_bias.analyze(run))
-            runs.append(run)
-    paths = exposure_bias.figures(runs, tmp_path / "figures")
-    names = {"ex_acc_err", "errors", "survival", "ex_acc_err_training"}
-    assert {path.name for path in paths} == {
-        f"{name}.{suffix}" for name in names for suffix in ("png", "svg")
-    }
-    assert all(path.stat().st_size > 1000 for path in paths)
-    assert len(exposure_bias.figures(runs[0], tmp_path / "one")) == 8
-    with pytest.raises(RecordError, match="no scores of exposure_bias"):
-        exposure_bias.figures(make_run(tmp_path / "bare"), tmp_path / "none")
 
 
 # -------------------------------------------------------------------------------------------- memory and time

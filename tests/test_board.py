@@ -19,7 +19,7 @@ from record_kit import add_scores, make_record, make_run
 from kdbench import board as boards
 from kdbench.board import Statistics, holm, publish, read_entries, render, report, seed_weights, statistics
 from kdbench.errors import UserError
-from kdbench.record import Named, RecordError, RunFolder, load, save
+from kdbench.record import Named, RecordError, RunFolder, load, load_arrays, save
 
 
 @dataclass
@@ -435,6 +435,41 @@ def test_a_run_without_its_arrays_is_not_published(published: Board, tmp_path: P
     (tmp_path / "runs/toy/v1/kd1/scores.npz").unlink()
     with pytest.raises(RecordError, match="scores.npz"):
         publish([tmp_path / "runs/toy/v1/kd1"], published)
+
+
+def test_publishing_keeps_the_arrays_of_columns_only(published: Board, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs/toy/v1/again", {"x": BASE, "other": BASE * 2}, run_id="again", row="sft")
+    before = report(published, tmp_path / "runs")
+    publish([run.path], published)
+    assert published.folder is not None
+    copy = load(published.folder / "records/again.json")
+    assert set(run.arrays()) == {"quality/prompt", "quality/x", "quality/other"}
+    arrays = load_arrays(published.folder / "records/again.npz", copy.arrays_sha256)
+    assert set(arrays) == {"quality/prompt", "quality/x"}
+    assert copy.scores["quality/x"] == run.record.scores["quality/x"]
+    assert copy.value("quality/other") == run.record.value("quality/other")
+    assert copy.scores["quality/other"].estimator is None
+    after = report(published, tmp_path / "nothing")
+    for name in ("sft", "kd"):
+        assert row_of(after, name)["cells"] == row_of(before, name)["cells"]
+
+
+def test_rows_measured_under_other_conditions_are_not_compared(tmp_path: Path) -> None:
+    for row, shift in (("kd", 0.0), ("gkd", 1.0), ("sft", 2.0)):
+        runs_of(tmp_path, row, shift)
+    for seed in (1, 2, 3):
+        for row, temperature in (("kd", 1.0), ("gkd", 0.7), ("sft", 1.0)):
+            path = tmp_path / f"toy/v1/{row}{seed}/record.json"
+            record = load(path)
+            decoding = {"temperature": temperature}
+            record.analyses["quality"]["detail"] = {"conditions": {"teacher": "t", "decoding": decoding}}
+            save(record, path)
+    cells = {
+        name: row_of(report(Board(), tmp_path), name)["cells"]["quality/x"] for name in ("kd", "gkd", "sft")
+    }
+    assert cells["sft"]["best"]
+    assert cells["kd"]["test"] == "differs from the best"
+    assert "other decoding settings (temperature 1.0 and 0.7)" in cells["gkd"]["test"]
 
 
 def test_replacing_is_explicit_and_a_dirty_tree_is_warned_of(published: Board, tmp_path: Path) -> None:
