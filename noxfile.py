@@ -1,8 +1,9 @@
 """What is checked, and how: CI calls nox and nothing else, so a laptop and CI agree.
 
-`nox` runs tests, lint, types, gate and certify with the exact versions of constraints.txt. These sessions share
-one environment, `.nox/shared`, for torch takes minutes and gigabytes to install. By hand: `nox -s slow`,
-`nox -s gpu`, and `nox -s minimums`, the tests with the lowest versions that pyproject.toml allows.
+`nox` runs tests, lint, types, gate and certify with the exact versions of constraints.txt. These sessions
+share one environment, `.nox/shared`, for torch takes minutes and gigabytes to install. By hand:
+`nox -s slow`, `nox -s gpu`, and `nox -s minimums`, the tests with the lowest versions that pyproject.toml
+allows.
 """
 
 import hashlib

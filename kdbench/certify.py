@@ -138,11 +138,9 @@ def arrays_of(place: World, count: int, seed: int, first_id: int, scored: bool =
     parts = []
     with evaluating(student, teacher):
         for name, responses in texts.items():
-            part = (
-                collect.measure(student, teacher, responses, _MEASURED, True)
-                if scored
-                else _unscored(responses)
-            )
+            part = _unscored(responses)
+            if scored:
+                part = collect.measure(student, teacher, responses, _MEASURED, context=True)
             rows = len(part["token"])
             parts.append({**part, "draw": np.zeros(rows, np.int32), "roll_in": np.full(rows, name)})
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -330,7 +328,7 @@ def certify(plan: Plan, jobs: int = 1, progress: bool = False) -> list[dict[str,
     ):
 
         def made(tasks: Iterable[tuple[Path, Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
-            """The results of tasks (file, function, arguments), in order; what a file holds is not repeated."""
+            """The results of tasks (file, function, arguments), in order; what a file holds is kept."""
             found: list[Any] = []
             waiting: dict[Future[Any], int] = {}
             paths = []
@@ -402,7 +400,8 @@ def row(name: str, case: Case, truth: float, tally: Tally) -> dict[str, Any]:
     `verdict`: 'ok'; 'exact' (every estimate equals the truth); 'survival' (under 0.2 at this length, where
     analyses print a warning instead of a number, so nothing is claimed); 'events' (a rate of which fewer than
     `MIN_EVENTS` events are expected); 'undefined' (in more than 5 % of the repetitions); else what is out of
-    bounds: 'bias', 'coverage'. With fewer than `REPETITIONS` the bounds of coverage have 3 standard errors more.
+    bounds: 'bias', 'coverage'. With fewer than `REPETITIONS` the bounds of coverage have 3 standard errors
+    more.
     """
     alive, length = Truth(world(name)), case.length
     survival = min(alive.survival(length, g) for g in ("student", "teacher")) if length else 1.0
@@ -447,9 +446,9 @@ def row(name: str, case: Case, truth: float, tally: Tally) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------------------------ what it says
+# ----------------------------------------------------------------------------------------------- what it says
 _REASONS = {
-    "survival": f"survival under {intervals.MIN_SURVIVAL:g} at this length: analyses print a warning, no number",
+    "survival": f"survival under {intervals.MIN_SURVIVAL:g} at this length, where analyses warn",
     "events": f"fewer than {MIN_EVENTS} events are expected in {PROMPTS} responses",
     "undefined": "not defined in more than 5 % of the prompt sets",
 }
@@ -472,8 +471,8 @@ def _label(one: Mapping[str, Any]) -> str:
 def _exception(one: Mapping[str, Any]) -> str:
     unit = f" {one['unit']}" if one["unit"] else ""
     return (
-        f"{one['world']}, {_label(one)}: {one['verdict']}; truth {one['truth']:.4g}{unit}, bias {one['bias']:+.3g} "
-        f"± {one['bias_se']:.2g}, spread {one['spread']:.3g}, coverage {100 * one['coverage']:.1f} %, "
+        f"{one['world']}, {_label(one)}: {one['verdict']}; truth {one['truth']:.4g}{unit}, "
+        f"bias {one['bias']:+.3g} ± {one['bias_se']:.2g}, spread {one['spread']:.3g}, coverage {100 * one['coverage']:.1f} %, "
         f"{100 * one['below']:.1f} % of the intervals lie below the truth"
     )
 
@@ -485,15 +484,15 @@ def markdown(rows: Sequence[Mapping[str, Any]], plan: Plan) -> str:
     lines = [
         "# Certification of the estimators, v1",
         "",
-        f"{plan.repetitions:,} repetitions of {PROMPTS} prompts with one response each in every world; made by "
-        "`kdbench certify`. All numbers are in [results.json](results.json).",
+        f"{plan.repetitions:,} repetitions of {PROMPTS} prompts with one response each in every world; made "
+        "by `kdbench certify`. All numbers are in [results.json](results.json).",
         "",
         f"- {len(held)} of {len(rows)} pairs of number and world are certified, "
-        f"{len(held) - len(wrong)} within bounds: |bias| <= max(1 % of the truth, 0.1 points, 3 standard errors), "
-        f"coverage of the 95 % intervals {100 * COVERAGE[0]:.0f} to {100 * COVERAGE[1]:.0f} %.",
-        "- A number is an estimator with its length l (or other arguments). Bias is that of the worst world, "
-        "beside its Monte-Carlo standard error; coverage is the lowest and the highest over worlds. Where every "
-        "estimate equals the truth (a difference that must be 0), the number counts as exact.",
+        f"{len(held) - len(wrong)} within bounds: |bias| <= max(1 % of the truth, 0.1 points, 3 standard "
+        f"errors), coverage of the 95 % intervals {100 * COVERAGE[0]:.0f} to {100 * COVERAGE[1]:.0f} %.",
+        "- A number is an estimator with its length l (or other arguments). Bias is that of the world where it "
+        "has most standard errors; coverage is the lowest and the highest over worlds. Where every estimate "
+        "equals the truth (a difference that must be 0), the number counts as exact.",
         "",
         "| world | | survival at 30, student / teacher |",
         "| --- | --- | ---: |",
@@ -567,7 +566,8 @@ _SHOWN = {
 def stop_rate_figure(folder: Path, length: int = 15, prompts: int = PROMPTS) -> list[Path]:
     """Draw what published variants and ours make of a student of which only the stop rate changes.
 
-    Lines are the computed truth of each variant; points with 95 % intervals are estimates from one prompt set.
+    Lines are the computed truth of each variant; points with 95 % intervals are estimates from one prompt
+    set.
     """
     import seaborn as sns
     from matplotlib.figure import Figure

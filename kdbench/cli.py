@@ -383,8 +383,8 @@ def compare(
 ) -> None:
     """Compare two methods prompt by prompt: difference, 95 % interval, p-value.
 
-    A row stands for its runs of all training seeds. Refused where the two were measured on other prompts, with
-    another teacher or other decoding settings.
+    A row stands for its runs of all training seeds. Refused where the two were measured on other prompts,
+    with another teacher or other decoding settings.
     """
     from kdbench import commands
     from kdbench.compare import paired

@@ -329,7 +329,7 @@ def collect(
 
 # -------------------------------------------------------------------------------------------- finding one run
 def runs_of(name: str, board: Board, size: str, runs: Path) -> list[RunFolder]:
-    """The finished runs of a row of a board, one per training seed (the newest), in order of seeds; or one run.
+    """The finished runs of a row, one per training seed (the newest), in order of seeds; or one run.
 
     Raises: UserError where there is none.
     """
@@ -347,7 +347,7 @@ def runs_of(name: str, board: Board, size: str, runs: Path) -> list[RunFolder]:
 
 
 def find_runs(name: str, runs: Path) -> list[RunFolder]:
-    """The runs that a name stands for: one as `find_run` has it, or all finished runs of a board's published size.
+    """The runs that a name stands for: one as in `find_run`, or a board's finished runs of its published size.
 
     Raises: UserError as `find_run`, and for a board without finished runs.
     """

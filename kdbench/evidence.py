@@ -27,8 +27,8 @@ For a prompt x of m tokens and a response y of n >= 1 tokens *including the end 
 
 One file holds one student under all its roll-ins in one decoding profile: `final.parquet` (the board's
 profile) and `final-<profile>.parquet` under student, teacher and (where there is reference text) reference;
-a snapshot needs student and teacher roll-ins for ExAccErr, with the student's alone only the accumulated error
-is known. Positions are 0-based here; a length l counts positions 0..l-1.
+a snapshot needs student and teacher roll-ins for ExAccErr, with the student's alone only the accumulated
+error is known. Positions are 0-based here; a length l counts positions 0..l-1.
 """
 
 import hashlib
@@ -207,7 +207,7 @@ class Evidence:
         A prompt of one token has no context row; its sum is 0.
         Raises: RecordError when the evidence has no context rows under this roll-in.
         """
-        rows, _, examples = self._rows(roll_in)
+        _, _, examples = self._rows(roll_in)
         prompts = np.unique(examples)
         inside = np.flatnonzero((self.roll_in == ROLL_INS.index(roll_in)) & self.columns["context"])
         if not len(inside):

@@ -448,7 +448,7 @@ class RunFolder:
         return self.path / "evidence" / "final.parquet"
 
     def evidence_of(self, profile: str = "") -> Path:
-        """evidence/final-<profile>.parquet, of another decoding profile than the board's; '' is the board's."""
+        """evidence/final-<profile>.parquet, of a further decoding profile; '' is the board's own."""
         return self.evidence.with_name(f"final-{profile}.parquet") if profile else self.evidence
 
     def profiles(self) -> list[str]:

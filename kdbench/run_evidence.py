@@ -24,19 +24,14 @@ from kdbench.stages import Materials, Places, TaskSource, digest
 
 
 class RunEvidence:
-    """Makes the evidence of the finished model, of snapshots, in further decoding profiles, and interventions.
+    """Makes the evidence of the finished model, of snapshots, in further profiles, and interventions.
 
-    Args: `run_id` stands for the student's weights, `teacher` for the teacher's; None: the teacher that the run
-    would have now.
+    Args: `run_id` stands for the student's weights, `teacher` for the teacher's; '': the teacher that the
+    run would have now.
     """
 
     def __init__(
-        self,
-        materials: Materials,
-        config: EvidenceConfig,
-        folder: Path,
-        run_id: str,
-        teacher: str | None = None,
+        self, materials: Materials, config: EvidenceConfig, folder: Path, run_id: str, teacher: str = ""
     ) -> None:
         self.materials, self.config, self.run_id = materials, config, run_id
         self.teacher = teacher or materials.key("teacher")
@@ -74,7 +69,7 @@ class RunEvidence:
         return path
 
     def intervene(self, student: nn.Module, teacher: nn.Module, names: Sequence[str]) -> list[Path]:
-        """Try the named interventions on the finished model; what is there already is kept. Returns the files."""
+        """Try the named interventions on the finished model, keep what is there; return the files."""
         from kdbench import interventions
 
         plan = collect.plan(self.gold(), self.config)
@@ -150,8 +145,8 @@ def of_finished(folder: RunFolder, places: Places) -> tuple[RunEvidence, nn.Modu
     teacher = found.models["teacher"].revision
     if not materials.trained(teacher) and teacher != materials.key("teacher"):
         raise UserError(
-            f"{where}: its teacher is not in the cache, and other code, settings, data or libraries than are here "
-            f"made it; `kdbench run {found.row} --board {found.board}` makes the run again"
+            f"{where}: its teacher is not in the cache, and was made by other code, settings, data or libraries "
+            f"than are here; `kdbench run {found.row} --board {found.board}` makes the run again"
         )
     evidence = RunEvidence(materials, run.evidence, folder.path, found.run_id, teacher)
     student = materials.saved("student", folder.path / "student")

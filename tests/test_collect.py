@@ -81,7 +81,7 @@ def test_every_column_equals_the_plain_formula(
     what = Plan(gold, 2, 6, "plain", 2)
     evidence = made(tmp_path / "e.parquet", student, teacher, what)
     rows = by_key(evidence)
-    texts = {0: [b for b in sample(student, what)], 1: sample(teacher, what), 2: [gold]}
+    texts = {0: sample(student, what), 1: sample(teacher, what), 2: [gold]}
     checked = context = extra = 0
     for side, draws in texts.items():
         for draw, batch in enumerate(draws):
