@@ -472,7 +472,8 @@ def _exception(one: Mapping[str, Any]) -> str:
     unit = f" {one['unit']}" if one["unit"] else ""
     return (
         f"{one['world']}, {_label(one)}: {one['verdict']}; truth {one['truth']:.4g}{unit}, "
-        f"bias {one['bias']:+.3g} ± {one['bias_se']:.2g}, spread {one['spread']:.3g}, coverage {100 * one['coverage']:.1f} %, "
+        f"bias {one['bias']:+.3g} ± {one['bias_se']:.2g}, spread {one['spread']:.3g}, "
+        f"coverage {100 * one['coverage']:.1f} %, "
         f"{100 * one['below']:.1f} % of the intervals lie below the truth"
     )
 
@@ -489,7 +490,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], plan: Plan) -> str:
         "",
         f"- {len(held)} of {len(rows)} pairs of number and world are certified, "
         f"{len(held) - len(wrong)} within bounds: |bias| <= max(1 % of the truth, 0.1 points, 3 standard "
-        f"errors), coverage of the 95 % intervals {100 * COVERAGE[0]:.0f} to {100 * COVERAGE[1]:.0f} %.",
+        f"errors), coverage of 95 % intervals {100 * COVERAGE[0]:.0f} to {100 * COVERAGE[1]:.0f} %.",
         "- A number is an estimator with its length l (or other arguments). Bias is that of the world where it "
         "has most standard errors; coverage is the lowest and the highest over worlds. Where every estimate "
         "equals the truth (a difference that must be 0), the number counts as exact.",

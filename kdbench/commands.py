@@ -347,7 +347,7 @@ def runs_of(name: str, board: Board, size: str, runs: Path) -> list[RunFolder]:
 
 
 def find_runs(name: str, runs: Path) -> list[RunFolder]:
-    """The runs that a name stands for: one as in `find_run`, or a board's finished runs of its published size.
+    """The runs that a name stands for: one as in `find_run`, or all of a board's of its published size.
 
     Raises: UserError as `find_run`, and for a board without finished runs.
     """

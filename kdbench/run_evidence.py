@@ -145,8 +145,8 @@ def of_finished(folder: RunFolder, places: Places) -> tuple[RunEvidence, nn.Modu
     teacher = found.models["teacher"].revision
     if not materials.trained(teacher) and teacher != materials.key("teacher"):
         raise UserError(
-            f"{where}: its teacher is not in the cache, and was made by other code, settings, data or libraries "
-            f"than are here; `kdbench run {found.row} --board {found.board}` makes the run again"
+            f"{where}: its teacher is not in the cache, and was made by other code, settings, data or "
+            f"libraries than are here; `kdbench run {found.row} --board {found.board}` makes the run again"
         )
     evidence = RunEvidence(materials, run.evidence, folder.path, found.run_id, teacher)
     student = materials.saved("student", folder.path / "student")
