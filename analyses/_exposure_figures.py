@@ -260,7 +260,6 @@ class _Book:
         matched = [
             reach({"student_count": run["matched_count"], "prompt": run["prompt"]})
             for row in self.rows
-            if not row.reference
             for run in row.arrays
         ]
         length = max((one for one in LENGTHS if one <= min([*matched, self.length()])), default=1)

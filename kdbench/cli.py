@@ -390,10 +390,14 @@ def compare(
     from kdbench.compare import paired
 
     question = config.load_board(board)
-    sides = [commands.runs_of(name, question, _size(question, size), runs) for name in (first, second)]
+    chosen = _size(question, size)
+    sides = commands.common_seeds(
+        *(commands.runs_of(name, question, chosen, runs) for name in (first, second))
+    )
     names = scores or commands.comparable_columns(question, [run for side in sides for run in side])
     seeds = [", ".join(str(run.record.seed) for run in side) for side in sides]
-    print(f"{first} (seeds {seeds[0]}) less {second} (seeds {seeds[1]}), the same prompts, 95 % intervals")
+    told = f"seeds {seeds[0]}" if seeds[0] == seeds[1] else f"seed {seeds[0]} and seed {seeds[1]}"
+    print(f"{first} less {second}, {told}, the same prompts, 95 % intervals")
     table = [["", first, second, "difference", "p"]]
     for one in paired(sides[0], sides[1], names):
         cells = [commands.interval_text(x) for x in (one.a, one.b, one.difference)]

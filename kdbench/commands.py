@@ -346,6 +346,18 @@ def runs_of(name: str, board: Board, size: str, runs: Path) -> list[RunFolder]:
     return [found[seed][1] for seed in sorted(found)] or [find_run(name, runs)]
 
 
+def common_seeds(one: list[RunFolder], other: list[RunFolder]) -> tuple[list[RunFolder], list[RunFolder]]:
+    """Both methods' runs of the training seeds that both have; two single runs are taken as they are."""
+    if len(one) == len(other) == 1:
+        return one, other
+    mine, theirs = ({run.record.seed: run for run in side} for side in (one, other))
+    seeds = sorted(mine.keys() & theirs.keys())
+    if not seeds:
+        said = " and ".join(", ".join(map(str, side)) for side in (mine, theirs))
+        raise UserError(f"a comparison needs runs of the same training seed, here are {said}")
+    return [mine[seed] for seed in seeds], [theirs[seed] for seed in seeds]
+
+
 def find_runs(name: str, runs: Path) -> list[RunFolder]:
     """The runs that a name stands for: one as in `find_run`, or all of a board's of its published size.
 

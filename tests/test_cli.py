@@ -16,10 +16,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from kdbench import cli
+from kdbench import certify, cli
 from kdbench.commands import find_run, rows_of
 from kdbench.config import load_board
 from kdbench.errors import UserError
+from kdbench.evidence import read_evidence
 from kdbench.paths import leaderboards_dir
 from kdbench.record import RunFolder, load
 
@@ -224,6 +225,77 @@ def test_analyze_puts_scores_back(ran: tuple[int, str, str], here: Path) -> None
     assert code == 0, err
     assert "instruction_following/rouge_l" in out
     assert run.record.scores == before
+
+
+def test_analyze_takes_a_board_and_settings(ran: tuple[int, str, str], here: Path) -> None:
+    more = ("--set", 'exposure_bias.divergences=["jsd"]', "--figures", "drawn")
+    code, out, err = call("analyze", "sft", "tempered_kd", "--analysis", "exposure_bias", *more)
+    assert code == 0, err
+    assert "sft, seed 1, run" in out
+    assert "tempered_kd, seed 1, run" in out
+    assert {"ex_acc_err.png", "summary-sft.md"} <= {path.name for path in (here / "drawn").iterdir()}
+    assert "exposure_bias/jsd/ex_acc_err@5" in folders(here)["sft"].record.scores
+    assert call("analyze", "tiny-instruct/v1")[2].strip() == (
+        "kdbench: tiny-instruct/v1: no finished run of size 'full' in the folder runs"
+    )
+    code, out, err = call("analyze", "sft", "--analysis", "exposure_bias")
+    assert "exposure_bias/jsd/ex_acc_err@5" not in folders(here)["sft"].record.scores
+    assert re.search(r"exposure_bias/length +[\d.]+ +tokens +\[[\d.]+, [\d.]+\] +n 8", out)
+
+
+def test_compare(ran: tuple[int, str, str], here: Path) -> None:
+    debug = ("--size", "debug")
+    code, out, err = call("compare", "sft", "tempered_kd", *debug, "--score", "exposure_bias/length")
+    assert code == 0, err
+    assert "sft less tempered_kd, seeds 1, the same prompts, 95 % intervals" in out
+    line = next(line for line in out.splitlines() if line.startswith("exposure_bias/length tokens"))
+    mean = [
+        run.record.value("exposure_bias/length")
+        for run in map(folders(here).get, ("sft", "tempered_kd"))
+        if run
+    ]
+    shown = [float(x) for x in re.findall(r"(-?[\d.]+(?:e-?\d+)?) \[", line)]
+    assert shown == pytest.approx([mean[0], mean[1], (mean[0] or 0) - (mean[1] or 0)], rel=1e-3)
+    assert "instruction_following/rouge_l" in call("compare", "sft", "tempered_kd", *debug)[1]
+    code, _, err = call("compare", "sft", "gdk", *debug)
+    assert (code, "no run 'gdk'" in err) == (2, True)
+    code, _, err = call("compare", "sft", "tempered_kd", *debug, "--score", "exposure_bias/lenght")
+    assert (code, "Did you mean 'exposure_bias/length'" in err) == (2, True)
+
+
+def test_collect_more_evidence(ran: tuple[int, str, str], here: Path) -> None:
+    code, out, err = call("collect", "sft", "--profile", "minillm", "--intervention", "recovery")
+    assert code == 0, err
+    folder = folders(here)["sft"].path / "evidence"
+    assert read_evidence(folder / "final-minillm.parquet").manifest.profile == "minillm"
+    assert (folder / "interventions" / "recovery.parquet").is_file()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
+    code, out, err = call("collect", "sft", "--profile", "minillm", "--intervention", "recovery")
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
+    assert code == 0
+    code, out, _ = call("analyze", "sft", "--analysis", "exposure_bias")
+    assert "exposure_bias/minillm/ex_acc_err_minillm@5" in out
+    for wrong, part in (
+        (("--profile", "minilm"), "Did you mean 'minillm'"),
+        (("--intervention", "recover"), "Did you mean 'recovery'"),
+        ((), "say what"),
+    ):
+        code, out, err = call("collect", "sft", *wrong)
+        assert (code, out, part in err, len(err.splitlines())) == (2, "", True, 1)
+
+
+def test_certify_says_what_is_out_of_bounds(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(certify, "PROMPTS", 20)
+    monkeypatch.setattr(certify, "CHUNK", 3)
+    monkeypatch.setattr(certify, "FAST", certify.Plan(("equal",), 3, 60))
+    code, out, err = call("certify", "--fast", "--jobs", "1", "--out", "certified")
+    assert code in (0, 1), err
+    assert "# Certification of the estimators" in out
+    assert {path.name for path in (here / "certified").iterdir()} == {
+        "results.json", "table.md", "stop_rate.png", "stop_rate.svg"
+    }  # fmt: skip
+    code, out, err = call("certify", "--world", "equall")
+    assert (code, out, "Did you mean 'equal'" in err) == (2, "", True)
 
 
 def test_publish_says_why_not(ran: tuple[int, str, str], here: Path) -> None:
