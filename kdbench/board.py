@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from kdbench.errors import UserError, unknown
 from kdbench.record import (
     RecordError,
+    RunFolder,
     RunRecord,
     Score,
     atomic,
@@ -127,6 +128,11 @@ class Entry:
     path: Path
     sha256: str
     local: bool
+
+    @property
+    def begun(self) -> float:
+        """When the run was begun, or its record published."""
+        return RunFolder(self.path.parent).begun if self.local else self.path.stat().st_mtime
 
     @property
     def arrays_path(self) -> Path:
@@ -243,7 +249,7 @@ def _lines(entries: Sequence[Entry], warnings: list[str]) -> list[_Line]:
     published = {entry.record.run_id for entry in entries if not entry.local}
     lines: dict[tuple[str, str, bool], _Line] = {}
     finished: dict[tuple[str, int], list[str]] = {}
-    for entry in sorted(entries, key=lambda e: (e.path.stat().st_mtime_ns, str(e.path))):
+    for entry in sorted(entries, key=lambda e: (e.begun, str(e.path))):
         record = entry.record
         if entry.local and record.run_id in published:
             continue
@@ -332,6 +338,7 @@ def _cells(
     """For each line the cell of every column that it has, resampled over prompts."""
     import numpy as np
 
+    from kdbench import counterfactuals  # noqa: F401  it adds estimators
     from kdbench.estimators import ESTIMATORS
 
     cells: list[dict[str, _Cell]] = []
@@ -346,7 +353,7 @@ def _cells(
                 if value is None:
                     continue
                 cell = mine.setdefault(column.score, _Cell({}, {}, "", {}, {}))
-                cell.conditions.update(_conditions(record, column.score))
+                cell.conditions.update(record.conditions(column.score))
                 cell.values[seed], cell.runs[seed] = value, record.run_id
                 score = record.scores.get(column.score)
                 if score is None or score.estimator is None:
@@ -375,13 +382,6 @@ def _cells(
                 drawn = ESTIMATORS[str(score.estimator)](inputs, weights, **score.args)
                 samples[rows] = drawn[: rows.stop - rows.start]
     return cells
-
-
-def _conditions(record: RunRecord, score: str) -> Mapping[str, Any]:
-    """What the evidence behind a score was made under; {} where its analysis does not say."""
-    detail = record.analyses.get(score.split("/")[0], {}).get("detail", {})
-    found: Mapping[str, Any] = detail.get("conditions", {})
-    return found
 
 
 def _mean_samples(cell: _Cell) -> "Array | None":

@@ -491,8 +491,8 @@ def markdown(rows: Sequence[Mapping[str, Any]], plan: Plan) -> str:
         f"- {len(held)} of {len(rows)} pairs of number and world are certified, "
         f"{len(held) - len(wrong)} within bounds: |bias| <= max(1 % of the truth, 0.1 points, 3 standard "
         f"errors), coverage of 95 % intervals in {100 * COVERAGE[0]:.0f}-{100 * COVERAGE[1]:.0f} %.",
-        "- A number is an estimator with its length l (or other arguments). Bias is that of the world where it "
-        "has most standard errors; coverage is the lowest and the highest over worlds. Where every estimate "
+        "- A number is an estimator with its length l (or other arguments). Bias is that of the world where "
+        "it has most standard errors; coverage is the lowest and the highest over worlds. Where every estimate "
         "equals the truth (a difference that must be 0), the number counts as exact.",
         "",
         "| world | | survival at 30, student / teacher |",

@@ -42,7 +42,9 @@ DataRoot = Annotated[
     ),
 ]
 _RUN_HELP = "Its id or the beginning of it, its folder, or its row (the least seed, then the newest)."
-_RUNS_HELP = "A run as in `kdbench show`, a row, or a board such as tiny-instruct/v1: all its finished runs."
+_RUNS_HELP = "The id of a run or the beginning of it, its folder, a row (its runs of all training seeds)"
+_SIDE_HELP = f"{_RUNS_HELP}."
+_RUNS_HELP += ", or a board: all its finished runs."
 RunName = Annotated[str, typer.Argument(metavar="RUN", help=_RUN_HELP)]
 Jobs = Annotated[
     int | None,
@@ -332,6 +334,7 @@ def analyze(
             help="Change a setting of an analysis, for example exposure_bias.divergences='[\"jsd\"]'.",
         ),
     ] = [],  # noqa: B006
+    size: Annotated[str | None, typer.Option(help="Of a board's runs; default: the published size.")] = None,
     runs: RunsDir = runs_dir(),  # noqa: B008
 ) -> None:
     """Compute scores and figures again from what runs saved; no model is loaded.
@@ -340,7 +343,7 @@ def analyze(
     """
     from kdbench import commands
 
-    folders = [folder for name in names for folder in commands.find_runs(name, runs)]
+    folders = [folder for name in names for folder in commands.find_runs(name, runs, size)]
     chosen = analysis or list(dict.fromkeys(name for folder in folders for name in folder.record.analyses))
     modules = {name: registry.load_analysis(name) for name in chosen}
     settings = commands.analysis_settings(modules, overrides)
@@ -366,13 +369,15 @@ def _score(name: str, score: "Score") -> list[str]:
     low, high = (score.detail.get(key) for key in ("low", "high"))
     interval = f"[{low:.4g}, {high:.4g}]" if isinstance(low, float) and isinstance(high, float) else ""
     said = str(score.detail.get("warning") or interval)
+    if instead := score.detail.get("excess_nats"):
+        said += " {value:.4g} nats [{low}, {high}]".format(**instead)
     value = "–" if score.value is None else f"{score.value:.4g}"
     return [f"  {name}", value, score.unit, said, f"n {score.n}"]
 
 
 @app.command()
 def compare(
-    first: Annotated[str, typer.Argument(metavar="ROW|RUN", help=_RUNS_HELP)],
+    first: Annotated[str, typer.Argument(metavar="ROW|RUN", help=_SIDE_HELP)],
     second: Annotated[str, typer.Argument(metavar="ROW|RUN", help="What it is compared with.")],
     scores: Annotated[
         list[str], typer.Option("--score", help="Repeatable; default: the board's columns with prompts.")
@@ -397,15 +402,16 @@ def compare(
     names = scores or commands.comparable_columns(question, [run for side in sides for run in side])
     seeds = [", ".join(str(run.record.seed) for run in side) for side in sides]
     told = f"seeds {seeds[0]}" if seeds[0] == seeds[1] else f"seed {seeds[0]} and seed {seeds[1]}"
-    print(f"{first} less {second}, {told}, the same prompts, 95 % intervals")
-    table = [["", first, second, "difference", "p"]]
+    table, warnings = [["", first, second, "difference", "p"]], []
     for one in paired(sides[0], sides[1], names):
+        warnings += [f"{one.score}: {one.difference.warning}"] if one.difference.warning else []
         cells = [commands.interval_text(x) for x in (one.a, one.b, one.difference)]
         p_value = one.difference.p_value
         table.append(
             [f"{one.score} {one.a.unit}".strip(), *cells, "–" if p_value is None else f"{p_value:.3g}"]
         )
-    print("\n".join(_aligned(table)))
+    print(f"{first} less {second}, {told}, the same prompts, 95 % intervals")
+    print("\n".join([*_aligned(table), *warnings]))
 
 
 @app.command()
@@ -421,16 +427,20 @@ def collect(
     runs: RunsDir = runs_dir(),  # noqa: B008
     data_root: DataRoot = None,
 ) -> None:
-    """Collect more evidence of finished runs: other decoding, interventions. What is there is kept."""
+    """Collect more evidence of finished runs: other decoding, interventions. What is there is kept.
+
+    The student is the saved one; a teacher that is in the cache no more is trained again.
+    """
     from kdbench import commands
 
     if not profile and not interventions:
         raise UserError(
             "collect: say what: --profile NAME or --intervention NAME, for example --intervention all"
         )
-    folders = [commands.find_run(name, runs) for name in names]
+    folders = [folder for name in names for folder in commands.find_runs(name, runs)]
     places = _places(runs, data_root)
     for folder in folders:
+        _err(f"{folder.record.row}, seed {folder.record.seed}, run {folder.record.run_id}")
         commands.quiet(int(folder.config.get("threads", 1)))
         for path in commands.collect(folder, places(), profile, interventions):
             print(f"evidence: {path}")
@@ -579,7 +589,6 @@ def gate(
     raise typer.Exit(0 if report.passed else 1)
 
 
-# ------------------------------------------------------------------------------------------------------ start
 # ---------------------------------------------------------------------------------------------------- certify
 @app.command()
 def certify(
@@ -612,6 +621,7 @@ def certify(
         raise typer.Exit(1)
 
 
+# ------------------------------------------------------------------------------------------------------ start
 def _command_names() -> list[str]:
     return [one.name or str(getattr(one.callback, "__name__", "")) for one in app.registered_commands]
 

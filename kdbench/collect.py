@@ -10,8 +10,8 @@ import hashlib
 import json
 import math
 import shutil
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from kdbench.errors import unknown
 from kdbench.evidence import Manifest, prompts_hash, write_evidence
 from kdbench.losses import log_probs
 from kdbench.predict import Prediction, predict
-from kdbench.record import atomic, write_json
+from kdbench.record import RecordError, load_arrays, read_json, save_arrays, write_json
 from kdbench.rollout import Draw, evaluating, rollout
 from kdbench.streams import stream_seed
 
@@ -133,7 +133,17 @@ def reference(plan: Plan) -> RollIn:
     return held([gold.replace(length=length, finished=finished).to("cpu")])
 
 
-def manifest_of(plan: Plan, models: Mapping[str, str], step: int | None = None) -> Manifest:
+def weights_hash(model: nn.Module) -> str:
+    """16 digits of a hash of a model's parameters and buffers, by name and value."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        raw = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(raw.numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def manifest_of(plan: Plan, models: Mapping[str, str], step: int | None = None, run: str = "") -> Manifest:
     """The manifest of evidence that is made by this plan."""
     return Manifest(
         profile=plan.profile,
@@ -143,6 +153,7 @@ def manifest_of(plan: Plan, models: Mapping[str, str], step: int | None = None) 
         dtype="float32",
         seed=SEED,
         step=step,
+        run=run,
     )
 
 
@@ -152,18 +163,16 @@ def collect(
     plan: Plan,
     rolled: Mapping[str, RollIn],
     path: Path,
-    models: Mapping[str, str],
+    manifest: Manifest,
     *,
-    step: int | None = None,
     progress: bool = False,
 ) -> None:
     """Measure every roll-in and write the evidence file; go on from the pieces of an interrupted call.
 
-    Args: `rolled` gives the responses by roll-in name; `models` the content identity by role. A snapshot
-    (`step` given) is light and keeps no pieces.
+    Args: `rolled` gives the responses by roll-in name; `manifest` is `manifest_of` the plan. A snapshot is
+    light and keeps no pieces.
     """
-    manifest = manifest_of(plan, models, step)
-    pieces = _Pieces(path.with_suffix(".pieces"), manifest) if step is None else None
+    pieces = _Pieces(path.with_suffix(".pieces"), manifest) if manifest.step is None else None
     parts: list[Columns] = []
     total = sum(one.draws for one in rolled.values()) * plan.gold.size
     with (
@@ -237,24 +246,22 @@ class _Pieces:
         self.folder = folder
         text = json.dumps(asdict(manifest), sort_keys=True)
         told = {"manifest_sha256": hashlib.sha256(text.encode()).hexdigest()}
-        stamp = folder / "pieces.json"
-        if not stamp.is_file() or json.loads(stamp.read_bytes() or b"null") != told:
-            self.clear()
-            write_json(stamp, told)
+        with suppress(RecordError):
+            if read_json(folder / "pieces.json") == told:
+                return
+        self.clear()
+        write_json(folder / "pieces.json", told)
 
     def load(self, key: str) -> Columns | None:
         """The piece of that name, or None where it is not there or torn."""
         try:
-            with (self.folder / f"{key}.npz").open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-                return {name: file[name] for name in file.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            return load_arrays(self.folder / f"{key}.npz")
+        except RecordError:
             return None
 
     def save(self, key: str, part: Columns) -> None:
         """Keep a piece; it appears complete or not at all."""
-        with atomic(self.folder / f"{key}.npz") as file:
-            content: dict[str, Any] = dict(part)
-            np.savez(file, **content)
+        save_arrays(self.folder / f"{key}.npz", part)
 
     def clear(self) -> None:
         """Forget all pieces."""

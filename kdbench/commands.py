@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
 from kdbench import board as boards
 from kdbench import config, registry
 from kdbench.config import Board, RunConfig, resolve
 from kdbench.errors import UserError, unknown
-from kdbench.record import RecordError, RunFolder, load, write_json
+from kdbench.record import RecordError, RunFolder, RunRecord, load, write_json
 from kdbench.strict import to_dict
 
 if TYPE_CHECKING:
@@ -321,29 +324,42 @@ def collect(
             raise unknown("intervention", name, ("all", *NAMES), "--intervention")
     silence()
     torch.set_num_threads(int(folder.config.get("threads", 1)))
-    evidence, student, teacher = of_finished(folder, places)
-    paths = [evidence.make(student, teacher, profile=name) for name in profiles]
-    chosen = NAMES if "all" in interventions else [n for n in NAMES if n in interventions]
-    return paths + (evidence.intervene(student, teacher, chosen) if chosen else [])
+    with FileLock(f"{folder.path}.lock"):  # not beside a run of the same id
+        evidence, student, teacher = of_finished(folder, places)
+        paths = [evidence.make(student, teacher, profile=name) for name in profiles]
+        chosen = NAMES if "all" in interventions else [n for n in NAMES if n in interventions]
+        return paths + (evidence.intervene(student, teacher, chosen) if chosen else [])
 
 
 # -------------------------------------------------------------------------------------------- finding one run
+def _finished(runs: Path, wanted: Callable[[RunRecord], bool]) -> list[RunFolder]:
+    """The finished runs that are wanted, of each row, axis value and seed the one begun last."""
+    found: dict[tuple[str, str, str, str, int], tuple[float, RunFolder]] = {}
+    for path in sorted(runs.glob("*/*/*/record.json")):
+        with suppress(RecordError):
+            record, folder = load(path), RunFolder(path.parent)
+            if record.status == "done" and wanted(record):
+                axes = json.dumps(record.axes, sort_keys=True)
+                key = (record.board, record.size, record.row, axes, record.seed)
+                found[key] = max(
+                    found.get(key, (0.0, folder)), (folder.begun, folder), key=lambda one: one[0]
+                )
+    return [found[key][1] for key in sorted(found)]
+
+
 def runs_of(name: str, board: Board, size: str, runs: Path) -> list[RunFolder]:
-    """The finished runs of a row, one per training seed (the newest), in order of seeds; or one run.
+    """The finished runs of a row of a board in one size, one per training seed; or the run with this id or
+    folder.
 
     Raises: UserError where there is none.
     """
-    found: dict[int, tuple[float, RunFolder]] = {}
-    for path in (runs / Path(*board.id.split("/"))).glob("*/record.json"):
-        with suppress(RecordError):
-            record = load(path)
-            if (record.row, record.size, record.status) == (name, size, "done"):
-                found[record.seed] = max(
-                    found.get(record.seed, (0.0, RunFolder(path.parent))),
-                    (path.stat().st_mtime, RunFolder(path.parent)),
-                    key=lambda one: one[0],
-                )
-    return [found[seed][1] for seed in sorted(found)] or [find_run(name, runs)]
+    found = _finished(runs, lambda one: (one.board, one.size, one.row) == (board.id, size, name))
+    if found:
+        return found
+    one = find_run(name, runs)
+    if one.record.row == name:
+        raise UserError(f"{board.id}: no finished run of row '{name}' in size '{size}' in the folder {runs}")
+    return [one]
 
 
 def common_seeds(one: list[RunFolder], other: list[RunFolder]) -> tuple[list[RunFolder], list[RunFolder]]:
@@ -358,27 +374,28 @@ def common_seeds(one: list[RunFolder], other: list[RunFolder]) -> tuple[list[Run
     return [mine[seed] for seed in seeds], [theirs[seed] for seed in seeds]
 
 
-def find_runs(name: str, runs: Path) -> list[RunFolder]:
-    """The runs that a name stands for: one as in `find_run`, or all of a board's of its published size.
+def find_runs(name: str, runs: Path, size: str | None = None) -> list[RunFolder]:
+    """The runs that a name stands for: a board's of one size (default: the published one), a row's of all
+    training seeds (of the board and size of its newest run), or one run as in `find_run`.
 
     Raises: UserError as `find_run`, and for a board without finished runs.
     """
     known = config.boards()
-    if name not in known and name not in {one.split("/")[0] for one in known} and not name.endswith(".toml"):
+    if name in known or name in {one.split("/")[0] for one in known} or name.endswith(".toml"):
+        board = config.load_board(name)
+        chosen = boards.published_size(board) if size is None else size
+        if chosen not in board.sizes:
+            raise unknown("size", chosen, board.sizes, board.id)
+        found = _finished(runs, lambda one: (one.board, one.size) == (board.id, chosen))
+        if not found:
+            raise UserError(f"{board.id}: no finished run of size '{chosen}' in the folder {runs}")
+        order = {row.name: at for at, row in enumerate(board.rows)}
+        return sorted(found, key=lambda one: order.get(one.record.row, len(order)))
+    rows = _finished(runs, lambda one: one.row == name and size in (None, one.size))
+    if not rows:
         return [find_run(name, runs)]
-    board = config.load_board(name)
-    size = boards.published_size(board)
-    found = []
-    for path in (runs / Path(*board.id.split("/"))).glob("*/record.json"):
-        with suppress(RecordError):
-            record = load(path)
-            if (record.size, record.status) == (size, "done"):
-                found.append((record.row, record.seed, path.parent))
-    if not found:
-        raise UserError(f"{board.id}: no finished run of size '{size}' in the folder {runs}")
-    order = {row.name: at for at, row in enumerate(board.rows)}
-    found.sort(key=lambda one: (order.get(one[0], len(order)), *one))
-    return [RunFolder(path) for _, _, path in found]
+    last = max(rows, key=lambda one: one.begun).record
+    return [one for one in rows if (one.record.board, one.record.size) == (last.board, last.size)]
 
 
 def analysis_settings(modules: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, tuple[Any, ...]]:

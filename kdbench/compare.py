@@ -3,9 +3,9 @@
 Source: `kdbench.intervals.paired`; conditions that must agree are those of `kdbench.evidence`.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from kdbench import intervals
 from kdbench.errors import UserError, unknown
@@ -35,12 +35,18 @@ def paired(
 
     `scores`: full names, of any analysis, e.g. 'exposure_bias/ex_acc_err@30'.
 
+    Two single runs may have different training seeds. A score without a value, for a reason that its analysis
+    gives (survival, epsilon near 0), has none here either, with that warning.
+
     Raises: RecordError, naming what differs, where the two have other prompts, teachers, decoding settings,
-    tasks, training seeds or definitions of a score; UserError where a run has no such score, or none with
-    values per prompt.
+    tasks, axis values, training seeds or definitions of a score; UserError where a run has no such score, or
+    none with values per prompt.
     """
     pairs = [[(run, run.record) for run in side] for side in (runs_a, runs_b)]
     sides = [sorted(side, key=lambda pair: pair[1].seed) for side in pairs]
+    several = {json.dumps(record.axes, sort_keys=True) for side in sides for _, record in side}
+    if len(several) > 1:
+        raise RecordError(f"a comparison needs one axis value: here are {', '.join(sorted(several))}.")
     seeds = [[record.seed for _, record in side] for side in sides]
     if len(seeds[0]) != len(seeds[1]) or (len(seeds[0]) > 1 and seeds[0] != seeds[1]):
         said = " and ".join(", ".join(map(str, one)) or "none" for one in seeds)
@@ -51,6 +57,7 @@ def paired(
     for name in scores:
         inputs: list[list[dict[str, Array]]] = []
         like: Score | None = None
+        warnings: list[str] = []
         for side in loaded:
             inputs.append([])
             for run, record, arrays in side:
@@ -65,20 +72,25 @@ def paired(
                     raise RecordError(f"{both} has another estimator or other arguments.")
                 if record.task != first_record.task:
                     raise RecordError(f"{both} is of another task or revision.")
-                told = [_conditions(one, name) for one in (first_record, record)]
-                require_same_conditions(told[0], told[1], (str(first.path), str(run.path)))
+                require_same_conditions(
+                    first_record.conditions(name), record.conditions(name), (str(first.path), str(run.path))
+                )
+                warnings += _warning(record, score)
                 inputs[-1].append({key: arrays[stored] for key, stored in score.arrays.items()})
         assert like is not None
         function, unit = str(like.estimator), like.unit
+        if warnings:  # what its analysis would not print is not compared either
+            none = Estimate(None, None, None, unit, like.n, warnings[0])
+            out.append(Comparison(name, none, none, Difference(None, None, None, unit, like.n, warnings[0])))
+            continue
         a, b = (intervals.estimate(function, side, like.args, unit=unit, how=how) for side in inputs)
         apart = intervals.paired(function, inputs[0], inputs[1], like.args, unit=unit, how=how)
         out.append(Comparison(name, a, b, apart))
     return out
 
 
-def _conditions(record: RunRecord, name: str) -> Mapping[str, Any]:
-    """The conditions of the evidence that a score was computed from; {} where its analysis has none."""
-    analysis, profile, *_ = [*name.split("/"), ""]
-    detail = record.analyses.get(analysis, {}).get("detail", {})
-    found: Mapping[str, Any] = detail.get("profiles", {}).get(profile, detail).get("conditions", {})
-    return found
+def _warning(record: RunRecord, score: Score) -> list[str]:
+    """Why a score of a run has no value; empty where it has one."""
+    if score.value is not None:
+        return []
+    return [f"{record.row}, seed {record.seed}: {score.detail.get('warning', 'not defined.')}"]

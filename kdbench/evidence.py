@@ -73,9 +73,10 @@ class Manifest:
     """What the rows were made from; two files may be compared in pairs only where all but the student agree.
 
     `prompts_sha256`: `prompts_hash` of the prompts. `decoding`: 'max_new_tokens', 'temperature', 'top_k',
-    'top_p', 'no_repeat_ngram'. `models`: content hash by role, 'student' and 'teacher'. `dtype` of the
+    'top_p', 'no_repeat_ngram'. `models`: hash of the weights by role, 'student' and 'teacher'. `dtype` of the
     forwards. `seed` of the sampling streams. `profile`: the decoding profile's name, 'plain' or 'minillm'
-    (6-gram ban). `step`: optimizer step of a snapshot, None for the finished student.
+    (6-gram ban). `step`: optimizer step of a snapshot, None for the finished student. `run`: the id of the
+    run that the student belongs to, '' where there is none.
     """
 
     profile: str
@@ -85,6 +86,7 @@ class Manifest:
     dtype: str
     seed: int
     step: int | None = None
+    run: str = ""
 
     @property
     def max_new_tokens(self) -> int:
@@ -328,12 +330,16 @@ def read_evidence(path: Path) -> Evidence:
 
     manifest_path = path.with_suffix(".json")
     content = read_json(manifest_path)
-    names = [f.name for f in fields(Manifest)]
+    names = [f.name for f in fields(Manifest) if f.name != "run"]  # which was added later
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise RecordError(f"{manifest_path}: is not an evidence manifest of schema {SCHEMA}.")
     missing = [name for name in (*names, "sha256", "rows") if name not in content]
     if missing:
         raise RecordError(f"{manifest_path}: lacks {', '.join(missing)}.")
+    decoding, models = content["decoding"], content["models"]
+    whole = isinstance(decoding, dict) and isinstance(decoding.get("max_new_tokens"), int)
+    if not whole or not isinstance(models, dict):
+        raise RecordError(f"{manifest_path}: 'decoding' or 'models' is not what evidence has.")
     try:
         found = sha256(path)
     except OSError as error:
@@ -348,4 +354,6 @@ def read_evidence(path: Path) -> Evidence:
         columns = {name: table[name].to_numpy().astype(kind) for name, kind in COLUMNS.items()}
     except (pa.ArrowException, KeyError, OSError, ValueError) as error:
         raise RecordError(f"{path}: cannot be read as evidence ({error}).") from None
-    return Evidence(columns, rolls, Manifest(**{name: content[name] for name in names}))
+    return Evidence(
+        columns, rolls, Manifest(**{name: content[name] for name in names}, run=str(content.get("run", "")))
+    )

@@ -49,7 +49,7 @@ from kdbench.distiller import Batch, target_mask
 from kdbench.errors import UserError
 from kdbench.predict import predict
 from kdbench.record import RecordError, load_arrays, save_arrays
-from kdbench.rollout import Draw, _inverse_cdf, end_tokens, evaluating, rollout
+from kdbench.rollout import Draw, end_tokens, evaluating, inverse_cdf, rollout
 from kdbench.streams import stream_seed, uniform
 from kdbench.task import InstructionTask, Task
 
@@ -224,7 +224,7 @@ class _Lab:
                 allowed = torch.where(outside.any(-1, keepdim=True), outside, allowed)
             logits = logits.masked_fill(~allowed, -math.inf)
             no_mass = (logits == -math.inf).all(-1, keepdim=True)
-            tokens.append(_inverse_cdf(torch.where(no_mass, allowed.double(), logits.softmax(-1)), u[part]))
+            tokens.append(inverse_cdf(torch.where(no_mass, allowed.double(), logits.softmax(-1)), u[part]))
         out = torch.zeros_like(batch["input_ids"])
         out[row, at + 1] = torch.cat(tokens).cpu()
         return out

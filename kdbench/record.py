@@ -134,6 +134,16 @@ class RunRecord:
     arrays_sha256: str | None = None
     schema: int = SCHEMA
 
+    def conditions(self, name: str) -> Mapping[str, Any]:
+        """What the evidence behind a score was made under, as its analysis says; {} where it says nothing.
+
+        See `kdbench.evidence.conditions`; a score `<analysis>/<profile>/...` has those of its profile.
+        """
+        analysis, profile, *_ = [*name.split("/"), ""]
+        detail = self.analyses.get(analysis, {}).get("detail", {})
+        found: Mapping[str, Any] = detail.get("profiles", {}).get(profile, detail).get("conditions", {})
+        return found
+
     def value(self, name: str) -> float | None:
         """The value of the score `name`, or of `record.<path>`, e.g. `record.budget/optimizer_steps`.
 
@@ -423,6 +433,12 @@ class RunFolder:
     def record(self) -> RunRecord:
         """record.json, validated."""
         return load(self.path / "record.json")
+
+    @property
+    def begun(self) -> float:
+        """When the run was begun, in seconds: the time of config.json, which is written once."""
+        first = self.path / "config.json"
+        return (first if first.is_file() else self.path / "record.json").stat().st_mtime
 
     def steps(self) -> list[dict[str, Any]]:
         """steps.jsonl, one object per student update."""

@@ -183,7 +183,7 @@ class _Sampler:
             if self.temperature == 0:
                 tokens = probabilities.argmax(-1)
             else:
-                tokens = _inverse_cdf(probabilities, uniform(step.seed, example_id, step.visit, position))
+                tokens = inverse_cdf(probabilities, uniform(step.seed, example_id, step.visit, position))
             drawn = tokens.cpu()
             if int(drawn.max()) >= probabilities.shape[-1]:  # what searchsorted gives for NaN
                 raise Diverged(f"sampling: the distribution of response token {index} is not finite")
@@ -232,7 +232,7 @@ class _Sampler:
         return probabilities
 
 
-def _inverse_cdf(probabilities: Tensor, u: Tensor) -> Tensor:
+def inverse_cdf(probabilities: Tensor, u: Tensor) -> Tensor:
     """Return one token per row: the first whose cumulative mass exceeds the share `u` [B] of the total."""
     cdf = probabilities.cumsum(-1, dtype=torch.float64)
     total = cdf[:, -1:].contiguous()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock
@@ -26,8 +27,7 @@ from kdbench.stages import Materials, Places, TaskSource, digest
 class RunEvidence:
     """Makes the evidence of the finished model, of snapshots, in further profiles, and interventions.
 
-    Args: `run_id` stands for the student's weights, `teacher` for the teacher's; '': the teacher that the
-    run would have now.
+    Args: `teacher` is the teacher's identity in the cache; '': the teacher that the run would have now.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class RunEvidence:
         self.teacher = teacher or materials.key("teacher")
         self.files, self.places = RunFolder(folder), materials.places
         self._said: dict[tuple[int, ...], Prediction] = {}  # of the frozen teacher, for all snapshots
+        self._teacher_hash = ""
 
     def path(self, step: int | None = None, profile: str | None = None) -> Path:
         """The evidence file of a snapshot, or of the finished model in a decoding profile."""
@@ -47,14 +48,15 @@ class RunEvidence:
     def make(
         self, student: nn.Module, teacher: nn.Module, step: int | None = None, profile: str | None = None
     ) -> Path:
-        """Collect the evidence file where it is missing or damaged, and return its path.
-
-        A snapshot's is made anew: its weights are another visit's after a resume.
-        """
+        """Collect the evidence file where it is missing, damaged or of another thing; return its path."""
         path = self.path(step, profile)
-        if step is None and path.is_file() and _complete(path):
-            return path
         plan = collect.plan(self.gold(), self.config, snapshot=step is not None, profile=profile)
+        manifest = collect.manifest_of(plan, self._models(student, teacher), step, self.run_id)
+        if path.is_file():
+            with suppress(RecordError):
+                if read_evidence(path).manifest == manifest:
+                    return path
+            path.unlink()
         rolled = {
             "student": collect.sampled(student, plan),
             "teacher": collect.held(
@@ -65,7 +67,7 @@ class RunEvidence:
             rolled["reference"] = collect.reference(plan)
         path.parent.mkdir(parents=True, exist_ok=True)
         shown = self.places.progress and step is None
-        collect.collect(student, teacher, plan, rolled, path, self._models(step), step=step, progress=shown)
+        collect.collect(student, teacher, plan, rolled, path, manifest, progress=shown)
         return path
 
     def intervene(self, student: nn.Module, teacher: nn.Module, names: Sequence[str]) -> list[Path]:
@@ -79,14 +81,15 @@ class RunEvidence:
             teacher,
             plan,
             self.files.path / "evidence" / "interventions",
-            self._models(None),
+            self._models(student, teacher),
             names=names,
             progress=self.places.progress,
             **interventions.scoring(task, tokenizer, self.config.split),
         )
 
-    def _models(self, step: int | None) -> dict[str, str]:
-        return {"student": digest(self.run_id, step), "teacher": self.teacher}
+    def _models(self, student: nn.Module, teacher: nn.Module) -> dict[str, str]:
+        self._teacher_hash = self._teacher_hash or collect.weights_hash(teacher)
+        return {"student": collect.weights_hash(student), "teacher": self._teacher_hash}
 
     def gold(self) -> Batch:
         """Return the evidence prompts with their references; `finished`: the reference kept its end."""
@@ -114,16 +117,6 @@ class RunEvidence:
                     batch.save(work / f"{draw:03d}.safetensors")
                 work.rename(folder)
         return [Batch.load(path) for path in sorted(folder.glob("*.safetensors"))]
-
-
-def _complete(path: Path) -> bool:
-    """Whether evidence is whole; what is damaged is removed."""
-    try:
-        read_evidence(path)
-    except RecordError:
-        path.unlink()
-        return False
-    return True
 
 
 def of_finished(folder: RunFolder, places: Places) -> tuple[RunEvidence, nn.Module, nn.Module]:

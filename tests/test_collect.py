@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import kdbench.collect
-from kdbench.collect import Plan, collect, held, plan, reference, sample, sampled
+from kdbench.collect import Plan, collect, held, manifest_of, plan, reference, sample, sampled
 from kdbench.config import EvidenceConfig
 from kdbench.distiller import Batch
 from kdbench.errors import UserError
@@ -37,7 +37,8 @@ def made(
         "teacher": held(sample(teacher, what)),
         "reference": reference(what),
     }
-    collect(student, teacher, what, {name: rolled[name] for name in names.split()}, path, MODELS)
+    chosen = {name: rolled[name] for name in names.split()}
+    collect(student, teacher, what, chosen, path, manifest_of(what, MODELS))
     return read_evidence(path)
 
 

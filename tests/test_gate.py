@@ -364,7 +364,7 @@ def _other_position_key(patch: pytest.MonkeyPatch) -> None:
 
 
 def _likeliest_token(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(kdbench.rollout, "_inverse_cdf", lambda probabilities, u: probabilities.argmax(-1))
+    patch.setattr(kdbench.rollout, "inverse_cdf", lambda probabilities, u: probabilities.argmax(-1))
 
 
 def _written_by_nobody(patch: pytest.MonkeyPatch) -> None:

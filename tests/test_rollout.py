@@ -17,7 +17,7 @@ from transformers import NoRepeatNGramLogitsProcessor
 from kdbench.distiller import Batch
 from kdbench.predict import CausalLM
 from kdbench.prompts import PromptedModel, SoftPrompt
-from kdbench.rollout import Draw, _inverse_cdf, _NgramBan, _Stream, evaluating, rollout
+from kdbench.rollout import Draw, _NgramBan, _Stream, evaluating, inverse_cdf, rollout
 from kdbench.streams import generator, stream_seed, uniform
 
 PROMPTS = [[3, 4], [5], [6, 7, 8, 9, 10, 11, 12], [1, 2, 3], [4, 4], [9, 8, 7, 6], [2], [12, 1, 5]]
@@ -228,15 +228,15 @@ def test_top_k_and_top_p_cut_and_keep_proportions() -> None:
 
 def test_no_token_without_mass_is_drawn_at_either_end() -> None:
     mass = torch.tensor([[0.0, 0.0, 0.5, 0.0, 0.5, 0.0], [0.0, 0.25, 0.25, 0.25, 0.25, 0.0]])
-    assert _inverse_cdf(mass, torch.zeros(2, dtype=torch.float64)).tolist() == [2, 1]
+    assert inverse_cdf(mass, torch.zeros(2, dtype=torch.float64)).tolist() == [2, 1]
     top = torch.full((2,), 1 - 2.0**-53, dtype=torch.float64)
-    assert _inverse_cdf(mass, top).tolist() == [4, 4]
-    assert _inverse_cdf(mass, torch.tensor([0.5, 0.5], dtype=torch.float64)).tolist() == [4, 3]
+    assert inverse_cdf(mass, top).tolist() == [4, 4]
+    assert inverse_cdf(mass, torch.tensor([0.5, 0.5], dtype=torch.float64)).tolist() == [4, 3]
     skewed = (
         torch.rand(1000, 50, generator=torch.Generator().manual_seed(0)) ** 40
     )  # float32, many tiny, some 0
     skewed[:, 40:] = 0
-    drawn = _inverse_cdf(skewed, top[:1].expand(1000))
+    drawn = inverse_cdf(skewed, top[:1].expand(1000))
     assert bool((skewed.gather(1, drawn[:, None]) > 0).all())
 
 
