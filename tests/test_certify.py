@@ -49,16 +49,70 @@ def test_verdicts(shift: float, half: float, verdict: str) -> None:
     assert row("markov1", ALIVE, 5.0, tally((5 + errors).tolist(), half, 5.0))["verdict"] == verdict
 
 
+def values(spread: float = 1.0, count: int = 2000, seed: int = 0) -> list[float]:
+    return (5 + spread * np.random.default_rng(seed).standard_normal(count)).tolist()
+
+
 def test_what_is_not_claimed() -> None:
-    good = tally([1.0, 1.0], 0.0, 1.0)
-    assert row("markov1", ALIVE, 1.0, good)["verdict"] == "exact"
-    wide = tally((5 + np.random.default_rng(0).standard_normal(50)).tolist(), 0.0, 5.0)
+    wide = tally(values(), 0.0, 5.0)  # intervals of no width: out of bounds wherever it is judged
     late = Case("ex_acc_err_alive", (("length", 30),), "%")
     assert row("stops_earlier", late, 5.0, wide)["verdict"] == "survival"
-    assert row("markov1", Case("loop_rate", (), ""), 0.01, wide)["verdict"] == "events"
-    lost = tally([math.nan] * 60 + [5.0, 6.0], 1.0, 5.0)
-    assert row("markov1", ALIVE, 5.0, lost)["verdict"] == "undefined"
-    assert certify.failed([row("stops_earlier", late, 5.0, wide), row("markov1", ALIVE, 5.0, lost)]) == []
+    assert row("markov1", late, 5.0, wide)["verdict"] == "coverage"  # 0.56 still run
+    assert row("hidden", late, 5.0, wide)["verdict"] == "coverage"  # 0.41
+    for free in ("acceptance", "state_shift_nats", "minillm_error_nats", "length_term_nats"):
+        args = (("length", 30), *((("roll_in", "student"),) if free == "acceptance" else ()))
+        assert row("stops_earlier", Case(free, args, ""), 5.0, wide)["verdict"] == "coverage", free
+    teachers = Case("accumulated_error_nats", (("length", 30), ("roll_in", "teacher")), "nats")
+    assert row("stops_earlier", teachers, 5.0, wide)["verdict"] == "coverage"
+    matched = Case("ex_acc_err_matched", (("length", 15),), "%")
+    assert row("stops_earlier", matched, 5.0, wide)["verdict"] == "coverage"
+    loops = Case("loop_rate", (), "")
+    assert row("markov1", loops, 5.0, wide, loops=9.9)["verdict"] == "events"
+    assert row("markov1", loops, 5.0, wide, loops=10.1)["verdict"] == "coverage"
+    first = Case("stop_rate", (("length", 1),), "")  # 4 of 200 in markov1, 16 in stops_earlier
+    assert row("markov1", first, 5.0, wide)["verdict"] == "events"
+    assert row("stops_earlier", first, 5.0, wide)["verdict"] == "coverage"
+    growth = Case("growth_exponent", (("length", 15), ("roll_in", "student")), "")
+    assert row("equal", growth, math.nan, tally([math.nan] * 9, 1.0, math.nan))["verdict"] == "no truth"
+
+
+def test_what_is_not_defined_fails_and_nothing_is_exact_without_intervals() -> None:
+    lost = tally([math.nan] * 1990 + values(count=10), 1.96, 5.0)
+    assert "undefined" in row("markov1", ALIVE, 5.0, lost)["verdict"]
+    assert "undefined" in row("markov1", ALIVE, 5.0, tally([math.nan] * 9, 1.0, 5.0))["verdict"]
+    off = tally([7.0] * 2000, math.nan, 5.0)
+    assert row("markov1", ALIVE, 5.0, off)["verdict"] == "undefined and bias and coverage"
+    assert row("markov1", ALIVE, 5.0, tally([7.0] * 2000, 3.0, 5.0))["verdict"] == "bias and coverage"
+    good = tally([5.0] * 2000, 0.0, 5.0)
+    assert row("markov1", ALIVE, 5.0, good)["verdict"] == "exact"
+    rows = [row("markov1", ALIVE, 5.0, one) for one in (lost, off, good)]
+    assert certify.failed(rows) == rows[:2]
+
+
+def test_an_interval_that_is_too_narrow_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kdbench import intervals
+
+    true = intervals.band
+
+    def narrow(*args: Any, **named: Any) -> Any:
+        point, low, high = true(*args, **named)
+        return point, point - 0.5 * (point - low), point + 0.5 * (high - point)
+
+    monkeypatch.setattr(intervals, "band", narrow)
+    tallies = certify._repetitions("markov1", 0, 60, [math.nan] * len(cases()))
+    at = cases().index(ALIVE)
+    found = row("markov1", ALIVE, certify._computed("markov1")[at], Tally(**tallies[at]))
+    assert "coverage" in found["verdict"]
+
+
+def test_the_reference_text_is_drawn_apart_from_both_roll_ins() -> None:
+    arrays = arrays_of(world("markov1"), 300, 0, 0)
+    for side in ("student", "teacher"):
+        assert (arrays["reference_count"] != arrays[f"{side}_count"]).any()
+        both = np.corrcoef(arrays["reference_count"].sum(axis=1), arrays[f"{side}_count"].sum(axis=1))
+        assert abs(both[0, 1]) < 0.25  # 4 standard errors
+    same = np.corrcoef(arrays["student_count"].sum(axis=1), arrays["teacher_count"].sum(axis=1))
+    assert same[0, 1] > 0.5  # these share their random numbers
 
 
 def test_every_case_has_a_truth_or_is_a_repetition_measure() -> None:
@@ -81,7 +135,7 @@ def test_a_response_of_tokens_alone_has_the_same_repetition() -> None:
 
 
 def test_an_estimator_that_is_off_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first response token left out, as the published script does, and an interval of one prompt less."""
+    """The first response token left out, as the published script does."""
     true = estimators.accumulated_error_curve
 
     def without_first(arrays: Any, weights: Any, length: int, roll_in: str = "student") -> Any:
