@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from multiprocessing import get_context
@@ -388,22 +389,10 @@ def certify(plan: Plan, jobs: int = 1, progress: bool = False) -> list[dict[str,
 
         def made(tasks: Iterable[tuple[Path, Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
             """The results of tasks (file, function, arguments), in order; what a file holds is kept."""
-            found: list[Any] = []
-            waiting: dict[Future[Any], int] = {}
-            paths = []
-            for number, (path, function, args) in enumerate(tasks):
-                paths.append(path)
-                found.append(_kept(path))
-                if found[-1] is None:
-                    waiting[pool.submit(function, *args)] = number
-                else:
-                    bar.update()
-            for future in as_completed(waiting):
-                number = waiting[future]
-                found[number] = future.result()
-                write_json(paths[number], found[number])
-                bar.update()
-            return found
+            futures = [pool.submit(_once, *task) for task in tasks]
+            for future in futures:
+                future.add_done_callback(lambda _: bar.update())
+            return [future.result() for future in futures]
 
         sums = made(
             (folder / f"{name}-reference-{part}.json", _reference, (name, part)) for name, part in parts
@@ -437,11 +426,13 @@ def certify(plan: Plan, jobs: int = 1, progress: bool = False) -> list[dict[str,
 _CODE = "certify collect estimators evidence intervals losses per_prompt predict rollout streams".split()
 
 
-def _kept(path: Path) -> Any:
-    try:
+def _once(path: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """The function's result, from the file where it is there, else written to it."""
+    with suppress(RecordError):
         return read_json(path)
-    except RecordError:
-        return None
+    result = function(*args)
+    write_json(path, result)
+    return result
 
 
 def _events(case: Case, truth: Truth, loops: float) -> float:
