@@ -392,7 +392,11 @@ def certify(plan: Plan, jobs: int = 1, progress: bool = False) -> list[dict[str,
             futures = [pool.submit(_once, *task) for task in tasks]
             for future in futures:
                 future.add_done_callback(lambda _: bar.update())
-            return [future.result() for future in futures]
+            try:
+                return [future.result() for future in futures]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
         sums = made(
             (folder / f"{name}-reference-{part}.json", _reference, (name, part)) for name, part in parts

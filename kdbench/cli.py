@@ -437,6 +437,7 @@ def collect(
         raise UserError(
             "collect: say what: --profile NAME or --intervention NAME, for example --intervention all"
         )
+    commands.check_evidence(profile, interventions)
     folders = [folder for name in names for folder in commands.find_runs(name, runs)]
     places = _places(runs, data_root)
     for folder in folders:

@@ -303,18 +303,10 @@ def write_tuning(board: Board, plans: dict[str, list[Plan]]) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------- more evidence
-def collect(
-    folder: RunFolder, places: Places, profiles: Sequence[str], interventions: Sequence[str]
-) -> list[Path]:
-    """Collect evidence of a finished run in these profiles, try these interventions; return the files.
-
-    Raises: UserError for an unknown name, and for a run whose models cannot be had.
-    """
-    import torch
-
-    from kdbench.collect import PROFILES
+def check_evidence(profiles: Sequence[str], interventions: Sequence[str]) -> None:
+    """Refuse unknown names of decoding profiles and interventions. Raises: UserError with the nearest."""
+    from kdbench.config import PROFILES
     from kdbench.counterfactuals import NAMES
-    from kdbench.run_evidence import of_finished
 
     for name in profiles:
         if name not in PROFILES:
@@ -322,6 +314,20 @@ def collect(
     for name in interventions:
         if name not in ("all", *NAMES):
             raise unknown("intervention", name, ("all", *NAMES), "--intervention")
+
+
+def collect(
+    folder: RunFolder, places: Places, profiles: Sequence[str], interventions: Sequence[str]
+) -> list[Path]:
+    """Collect evidence of a finished run in these profiles, try these interventions; return the files.
+
+    Raises: UserError for a run whose models cannot be had.
+    """
+    import torch
+
+    from kdbench.counterfactuals import NAMES
+    from kdbench.run_evidence import of_finished
+
     silence()
     torch.set_num_threads(int(folder.config.get("threads", 1)))
     with FileLock(f"{folder.path}.lock"):  # not beside a run of the same id
@@ -457,7 +463,7 @@ def find_run(name: str, runs: Path) -> RunFolder:
             record = load(path)
         except RecordError:
             continue
-        rows.setdefault(record.row, []).append((record.seed, -path.stat().st_mtime, path.parent))
+        rows.setdefault(record.row, []).append((record.seed, -RunFolder(path.parent).begun, path.parent))
     if name in rows:
         return RunFolder(min(rows[name])[2])
     if not paths:

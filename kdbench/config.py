@@ -199,6 +199,10 @@ class EvaluationConfig:
             raise ValueError("generation_seeds must be different numbers, at least one")
 
 
+Profile = Literal["plain", "minillm"]
+PROFILES: tuple[str, ...] = typing.get_args(Profile)
+
+
 @dataclass(frozen=True)
 class EvidenceConfig:
     """Responses measured token by token against the teacher: the finished model's and those of snapshots."""
@@ -207,7 +211,7 @@ class EvidenceConfig:
     prompts: int | None = None  # None: all of the split
     samples: int = 1  # responses per prompt and model
     max_new_tokens: int = 256
-    profile: Literal["plain", "minillm"] = "plain"  # minillm: its decoding, with the ban on repeated 6-grams
+    profile: Profile = "plain"  # minillm: its decoding, with the ban on repeated 6-grams
     batch_size: int = 16
     snapshots: int = 10  # at equal distances over training; 0: none
     snapshot_prompts: int = 64

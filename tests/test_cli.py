@@ -3,7 +3,9 @@
 import contextlib
 import io
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,12 +19,12 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from kdbench import certify, cli
-from kdbench.commands import find_run, rows_of
+from kdbench.commands import find_run, find_runs, rows_of, runs_of
 from kdbench.config import load_board
 from kdbench.errors import UserError
 from kdbench.evidence import read_evidence
 from kdbench.paths import leaderboards_dir
-from kdbench.record import RunFolder, load
+from kdbench.record import Named, RunFolder, load, save
 
 TINY = leaderboards_dir() / "tiny-instruct" / "v1" / "board.toml"
 PLUGIN = Path(__file__).parent / "plugins" / "tempered_kd.py"
@@ -282,6 +284,63 @@ def test_collect_more_evidence(ran: tuple[int, str, str], here: Path) -> None:
     ):
         code, out, err = call("collect", "sft", *wrong)
         assert (code, out, part in err, len(err.splitlines())) == (2, "", True, 1)
+
+
+def test_collect_makes_again_what_is_damaged_or_another_runs(ran: tuple[int, str, str], here: Path) -> None:
+    mine, other = (folders(here)[row].path / "evidence" for row in ("sft", "student-init"))
+    whole = {path: path.read_bytes() for path in mine.glob("final.*")}
+    assert len(whole) == 2
+    for damage in ("foreign", "torn", "gone"):
+        for path in whole:
+            if damage == "foreign":
+                path.write_bytes((other / path.name).read_bytes())
+            elif damage == "torn":
+                path.write_bytes(path.read_bytes()[:-7])
+            else:
+                path.unlink()
+        assert call("collect", "sft", "--profile", "plain")[0] == 0
+        assert {path: path.read_bytes() for path in whole} == whole, damage
+
+
+def test_collect_trains_a_teacher_that_is_gone_and_refuses_another(
+    ran: tuple[int, str, str], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folders(here)["sft"]
+    path = folder.evidence
+    before = path.read_bytes()
+    path.unlink()
+    monkeypatch.setenv("KDBENCH_CACHE", str(here / "another-cache"))
+    assert call("collect", "sft", "--profile", "plain")[0] == 0
+    assert path.read_bytes() == before
+    record = folder.record
+    teacher = record.models["teacher"]
+    record.models["teacher"] = Named(teacher.name, "0" * 16)
+    save(record, folder.path / "record.json")
+    code, out, err = call("collect", "sft", "--profile", "plain")
+    assert (code, out) == (2, "")
+    assert "its teacher is not in the cache" in err.splitlines()[-1]
+    record.models["teacher"] = teacher
+    save(record, folder.path / "record.json")
+
+
+def test_a_name_stands_for_the_run_begun_last_of_each_seed(ran: tuple[int, str, str], here: Path) -> None:
+    folder = folders(here)["sft"]
+    old = here / "twice/tiny-instruct/v1/older"
+    shutil.copytree(folder.path, here / "twice/tiny-instruct/v1/newer")
+    shutil.copytree(folder.path, old)
+    for name, row in (("older", 1000), ("newer", 2000)):
+        os.utime(here / f"twice/tiny-instruct/v1/{name}/config.json", (row, row))
+    (old / "record.json").touch()  # as after another analysis
+    board = load_board("tiny-instruct/v1")
+    for found in (
+        find_runs("sft", here / "twice"),
+        find_runs("tiny-instruct/v1", here / "twice", "debug"),
+        runs_of("sft", board, "debug", here / "twice"),
+        [find_run("sft", here / "twice")],
+    ):
+        assert [one.path.name for one in found] == ["newer"]
+    with pytest.raises(UserError, match="no finished run of row 'sft' in size 'full'"):
+        runs_of("sft", board, "full", here / "twice")
 
 
 def test_certify_says_what_is_out_of_bounds(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
