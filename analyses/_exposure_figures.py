@@ -5,13 +5,15 @@
                           with the others in grey
     errors                R(l) and l epsilon(l)
     survival              share of responses that still run
-    decomposition         length term and state term of R - l epsilon over all responses, at one l
+    decomposition         length term and state term of R - l epsilon over all responses, at one l; the thin
+                          intervals are those of the length term (upper) and of the state term (lower)
     reliability           what changes from the teacher's prefixes to the student's, at one l
     variants              ExAccErr by every definition, at one l
     hand_over, corruption, recovery     see `kdbench.counterfactuals`, where runs have them
 
 A row whose student is its teacher is left out beside others, as all of it is 0 by definition. Curves that are
-conditional on running reach to a survival of `MIN_SURVIVAL`.
+conditional on running reach to a survival of `MIN_SURVIVAL`; there is no line where there is no ratio, see
+`kdbench.intervals.ex_acc_err_estimates`.
 """
 
 import math
@@ -88,7 +90,6 @@ class _Book:
             look = {"linestyle": _STYLES[i % len(_STYLES)], "marker": _MARKERS[i % len(_MARKERS)]}
             grey = {"color": "0.5", "linewidth": 1.0, "markersize": 4}
             self.look[id(row)] = look | (grey if row.reference else {"color": next(colors), "markersize": 5})
-        self.ratios = [row for row in self.rows if row.has_ratio]
 
     # ---------------------------------------------------------------------------------------------- parts
     def sheet(self, across: int = 1, down: int = 1, **more: Any) -> "tuple[Figure, Any]":
@@ -149,25 +150,29 @@ class _Book:
     def ex_acc_err(self) -> None:
         figure, axes = self.sheet()
         ax = axes[0, 0]
-        for row in self.ratios:
-            band = self.band(row, estimators.ex_acc_err_alive_curve, row.reach)
-            self.line(ax, row, np.arange(1, row.reach + 1), band)
+        for row in self.rows:
+            band = intervals.ex_acc_err_band(row.arrays, row.reach)
+            if np.isfinite(band[0]).any():
+                self.line(ax, row, np.arange(1, row.reach + 1), band)
         ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
         ax.set(xlabel=_STEP, ylabel="ExAccErr(l) (%)")
         self.finish(figure, "ex_acc_err")
 
     def training(self) -> None:
-        taken = [(row, found) for row in self.ratios if (found := row.snapshots())]
+        taken = [(row, found) for row in self.rows if (found := row.snapshots())]
         if not taken:
             return
-        least = min(reach(run) for _, found in taken for runs in found.values() for run in runs)
-        length = max((length for length in LENGTHS if length <= least), default=1)
+        reached = min(_half_reach(found.values()) for _, found in taken)
+        length = max((length for length in LENGTHS if length <= reached), default=1)
         bands: list[tuple[Row, list[int], Band]] = []
         for row, found in taken:
-            curve = estimators.ex_acc_err_alive_curve
-            made = [np.array(intervals.band(curve, runs, length))[:, -1] for runs in found.values()]
+            # a snapshot that does not reach l has no value, and so no point
+            made = [np.array(intervals.ex_acc_err_band(runs, length))[:, -1] for runs in found.values()]
             point, low, high = np.array(made).T
-            bands.append((row, list(found), (point, low, high)))
+            if np.isfinite(point).any():
+                bands.append((row, list(found), (point, low, high)))
+        if not bands:
+            return
         across = min(len(bands), 4 if len(bands) > 6 else 3)
         down = math.ceil(len(bands) / across)
         size = (0.8 + 2.7 * across, 0.5 + 2.4 * down)
@@ -218,15 +223,22 @@ class _Book:
         figure, axes = self._rowwise()
         ax, y = axes[0, 0], np.arange(len(self.rows))
         terms = {
-            "length term": (estimators.length_term_nats, {"facecolor": "0.85", "hatch": "///"}),
-            "state term": (estimators.state_term_nats, {"facecolor": "0.45"}),
+            "length term (upper interval)": (
+                estimators.length_term_nats,
+                {"facecolor": "0.85", "hatch": "///"},
+            ),
+            "state term (lower interval)": (estimators.state_term_nats, {"facecolor": "0.45"}),
         }
         start = {1: np.zeros(len(y)), -1: np.zeros(len(y))}
-        for label, (function, look) in terms.items():
-            found = [row.estimate(function, length=length).value or 0.0 for row in self.rows]
-            sign = np.where(np.array(found) < 0, -1, 1)
+        for (label, (function, look)), beside in zip(terms.items(), (-0.2, 0.2), strict=True):
+            made = [row.estimate(function, length=length) for row in self.rows]
+            found = np.array([one.value or 0.0 for one in made])
+            sign = np.where(found < 0, -1, 1)
             left = np.where(sign > 0, start[1], start[-1])
-            ax.barh(y, found, left=left, height=0.55, edgecolor="0.2", linewidth=0.6, label=label, **look)
+            ax.barh(y, found, left=left, height=0.72, edgecolor="0.2", linewidth=0.6, label=label, **look)
+            ends = np.array([(one.low, one.high) for one in made], dtype=float).T
+            ax.errorbar(left + found, y + beside, xerr=np.abs(ends - found), linestyle="none", color="black",
+                        elinewidth=0.8, capsize=1.5)  # fmt: skip
             for one in (1, -1):
                 start[one] += np.where(sign == one, found, 0)
         total = [row.estimate(excess_per_response, length=length) for row in self.rows]
@@ -293,7 +305,7 @@ class _Book:
 
     # -------------------------------------------------------------------------------------- interventions
     def hand_over(self) -> None:
-        found = {id(row): [counterfactuals.hand_over_arrays(one) for one in row.intervention("hand_over")]
+        found = {id(row): [counterfactuals.hand_over_arrays(one) for one in row.interventions["hand_over"]]
                  for row in self.rows}  # fmt: skip
         if not any(found.values()):
             return
@@ -310,7 +322,10 @@ class _Book:
                 )
                 args = {"first": first, "part": "finished"}
                 told = intervals.band(counterfactuals.hand_over_log_prob_curve, arrays, len(counts), args)
-                for down, band in enumerate((scored, told)):
+                going = np.min([(one[f"{first}_finished_count"] > 0).mean(axis=0) for one in arrays], axis=0)
+                few = np.where(going < MIN_SURVIVAL, np.nan, 0.0)  # responses that there is more of
+                point, low, high = (one + few for one in told)
+                for down, band in enumerate((scored, (point, low, high))):
                     self.line(axes[down, across], row, range(len(counts)), band)
         for ax, first, other in zip(axes[1], ("student", "teacher"), ("teacher", "student"), strict=True):
             ax.set_xticks(range(len(counts)), counts)
@@ -321,7 +336,7 @@ class _Book:
         self.finish(figure, "hand_over")
 
     def corruption(self) -> None:
-        found = {id(row): [counterfactuals.corruption_arrays(one) for one in row.intervention("corruption")]
+        found = {id(row): [counterfactuals.corruption_arrays(one) for one in row.interventions["corruption"]]
                  for row in self.rows}  # fmt: skip
 
         def panel(ax: "Axes", row: Row, kind: str) -> None:
@@ -335,7 +350,7 @@ class _Book:
         self._kinds("corruption", found, panel, "share of replaced tokens", label)
 
     def recovery(self) -> None:
-        found = {id(row): [counterfactuals.excess_arrays(one) for one in row.intervention("recovery")]
+        found = {id(row): [counterfactuals.excess_arrays(one) for one in row.interventions["recovery"]]
                  for row in self.rows}  # fmt: skip
 
         def panel(ax: "Axes", row: Row, kind: str) -> None:
@@ -368,6 +383,12 @@ class _Book:
             ax.set(xlabel=x, title=title)
         axes[0, 0].set_ylabel(y)
         self.finish(figure, name)
+
+
+def _half_reach(snapshots: Iterable[Sequence[Arrays]]) -> int:
+    """The longest l that at least half of a row's snapshots reach."""
+    reached = sorted(min(reach(run) for run in runs) for runs in snapshots)
+    return reached[len(reached) // 2]
 
 
 def behind(arrays: Sequence[Arrays], kind: str) -> int:

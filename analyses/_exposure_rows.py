@@ -4,11 +4,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kdbench import estimators, intervals, per_prompt
+from kdbench import counterfactuals, intervals, per_prompt
 from kdbench.counterfactuals import Intervention, read_intervention
 from kdbench.estimators import Array, Arrays
 from kdbench.evidence import read_evidence, require_same_conditions
@@ -23,12 +24,35 @@ Band = tuple[Array, Array, Array]
 
 def reach(found: Mapping[str, Array]) -> int:
     """The longest l with a survival of `MIN_SURVIVAL` under student and teacher roll-in, where present."""
-    ones = np.ones((1, len(found["prompt"])))
-    lengths = []
-    for side in (side for side in ("student", "teacher") if f"{side}_count" in found):
-        alive = estimators.survival_curve(found, ones, found[f"{side}_count"].shape[1], side)[0]
-        lengths.append(int((alive >= intervals.MIN_SURVIVAL).sum()))
-    return min(lengths)
+    counts = {name: found[name] for name in ("student_count", "teacher_count") if name in found}
+    alive = intervals.survival([counts], found["student_count"].shape[1])
+    return int((alive >= intervals.MIN_SURVIVAL).sum())
+
+
+def must_be_of(path: Path, run: str, run_id: str) -> None:
+    """Refuses a file whose manifest names another run than the record beside it; '' names none.
+
+    Raises: RecordError naming the file.
+    """
+    if run not in ("", run_id):
+        raise RecordError(f"{path}: belongs to run {run}, not to {run_id}.")
+
+
+def interventions(run: RunFolder, run_id: str) -> dict[str, tuple[Path, Intervention]]:
+    """The interventions that a run has, by name.
+
+    Raises: RecordError naming a file that is damaged, of another run, or not what its name says.
+    """
+    found = {}
+    for name in counterfactuals.NAMES:
+        path = run.path / "evidence" / "interventions" / f"{name}.parquet"
+        if path.with_suffix(".json").is_file():
+            one = read_intervention(path)
+            must_be_of(path, one.description.get("run", ""), run_id)
+            if one.description["intervention"] != name:
+                raise RecordError(f"{path}: holds the intervention '{one.description['intervention']}'.")
+            found[name] = path, one
+    return found
 
 
 @dataclass(frozen=True)
@@ -38,6 +62,7 @@ class Row:
     folders: list[RunFolder]
     records: list[RunRecord]
     arrays: Sequence[Arrays]  # of each run, under the names that `kdbench.per_prompt` gives them
+    interventions: Mapping[str, list[Intervention]]  # by name, of every run that has them
 
     @property
     def name(self) -> str:
@@ -65,14 +90,6 @@ class Row:
     def same_models(self) -> bool:
         """Whether every stored divergence is exactly 0, as of a teacher with itself."""
         return not any(np.any(run[f"{g}_sum"]) for run in self.arrays for g in ("student", "teacher"))
-
-    @cached_property
-    def has_ratio(self) -> bool:
-        """Whether l epsilon(l) is far enough from 0 for ExAccErr, or there is no error at all."""
-        length = self.length()
-        own = self.estimate("accumulated_error_nats", length=length, roll_in="teacher")
-        least = own.value if own.low is None else own.low
-        return self.same_models or (least or 0.0) / length >= intervals.MIN_EPSILON_NATS
 
     @cached_property
     def reach(self) -> int:
@@ -109,24 +126,17 @@ class Row:
                 out[step] = found
         return out
 
-    def intervention(self, name: str) -> list[Intervention]:
-        """The intervention of every run that has it; those made otherwise than the first are refused."""
-        paths = [folder.path / "evidence" / "interventions" / f"{name}.parquet" for folder in self.folders]
-        found = [(path, read_intervention(path)) for path in paths if path.with_suffix(".json").is_file()]
-        for path, other in found[1:]:
-            if other.conditions != found[0][1].conditions:
-                raise RecordError(f"{path}: has other conditions than {found[0][0]}.")
-        return [one for _, one in found]
-
 
 def rows(runs: RunFolder | Sequence[RunFolder]) -> list[Row]:
     """The scored runs by row, reference rows last.
 
-    Raises: RecordError where a run has no scores of this version, or where evidence was made under different
-    conditions, naming what differs.
+    Raises: RecordError where a run has no scores of this version, or where evidence or interventions were
+    made under different conditions, naming what differs.
     """
     folders = [runs] if isinstance(runs, RunFolder) else list(runs)
     grouped: dict[str, list[tuple[RunFolder, RunRecord]]] = {}
+    tried: dict[str, dict[str, Intervention]] = {}
+    beside: dict[str, tuple[Path, Intervention]] = {}
     first: tuple[RunFolder, RunRecord] | None = None
     for folder in folders:
         record = folder.record
@@ -141,15 +151,22 @@ def rows(runs: RunFolder | Sequence[RunFolder]) -> list[Row]:
         first = first or (folder, record)
         told = [one.analyses[NAME]["detail"]["conditions"] for one in (first[1], record)]
         require_same_conditions(told[0], told[1], (str(first[0].path), str(folder.path)))
+        mine = tried[str(folder.path)] = {}
+        for name, (path, one) in interventions(folder, record.run_id).items():
+            other, like = beside.setdefault(name, (path, one))
+            require_same_conditions(like.made_under, one.made_under, (str(other), str(path)))
+            mine[name] = one
         key = json.dumps([record.row, record.axes], sort_keys=True)
         grouped.setdefault(key, []).append((folder, record))
     found = []
     for group in grouped.values():
         group.sort(key=lambda pair: pair[1].seed)
-        loaded = []
-        for folder, _ in group:
-            mine = folder.arrays().items()
-            prefix = f"{NAME}/"
-            loaded.append({key.removeprefix(prefix): v for key, v in mine if key.startswith(prefix)})
-        found.append(Row([folder for folder, _ in group], [record for _, record in group], loaded))
+        folders, records, prefix = [one[0] for one in group], [one[1] for one in group], f"{NAME}/"
+        loaded = [
+            {key.removeprefix(prefix): v for key, v in folder.arrays().items() if key.startswith(prefix)}
+            for folder in folders
+        ]
+        made = [tried[str(folder.path)] for folder in folders]
+        named = {name: [one[name] for one in made if name in one] for name in counterfactuals.NAMES}
+        found.append(Row(folders, records, loaded, named))
     return sorted(found, key=lambda row: row.reference)

@@ -1,12 +1,13 @@
 """One page on the exposure bias of one row, in words and numbers.
 
 Words follow from 95 % intervals, never from values alone: something *is* so only where the interval lies on
-one side of no effect, it *cannot be told* where the interval contains no effect (or comes within 1e-6 of it,
+one side of no effect, it *cannot be told* where the interval contains no effect (or comes within 1e-5 of it,
 as rounding does), and it is *not known* where there is no interval. No effect is 0 for differences and
 ExAccErr, 1 for the growth exponent and the EOS hazard ratio. One term is larger than the other only where the
 interval of the difference of their sizes lies on one side of 0. A wrong token has a cost only where its
-excess in all lies above 0; then the student recovers where the half-life has an interval, and does not where
-it has none and the excess at the last position lies above 0.
+excess in all lies above 0; then the student recovers where the excess at the last position less half of that
+at the first lies below 0, and does not where it lies above. Of a rate with fewer than `MIN_EVENTS` events
+(for a difference: of both sides together) nothing can be told.
 """
 
 import re
@@ -23,7 +24,7 @@ from kdbench.estimators import ESTIMATORS, Array, Arrays
 from kdbench.intervals import MIN_SEEDS, VARIANTS, Estimate
 from kdbench.record import RecordError
 
-_ROUNDING = 1e-6
+_ROUNDING = 1e-5  # of float32 sums, in percent
 _HANDED = 16  # tokens
 _KINDS = {
     "random": "a random one",
@@ -46,7 +47,7 @@ def word(one: Estimate, above: str, below: str, neither: str, of: float = 0.0) -
 
 
 def _number(value: float) -> str:
-    if abs(value) < _ROUNDING * 10:
+    if abs(value) <= _ROUNDING:
         return "0"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
@@ -212,7 +213,7 @@ def _reliability(row: Row) -> list[str]:
 
 def _recovery(row: Row) -> list[str]:
     lines = []
-    wrong = [counterfactuals.excess_arrays(one) for one in row.intervention("recovery")]
+    wrong = [counterfactuals.excess_arrays(one) for one in row.interventions["recovery"]]
     for kind, said in _KINDS.items() if wrong else ():
         if not all(f"{kind}_alive" in one for one in wrong):
             continue
@@ -221,44 +222,63 @@ def _recovery(row: Row) -> list[str]:
         half = intervals.estimate("half_life_tokens", wrong, args, unit="tokens")
         area = intervals.estimate("excess_area_nats", wrong, args, unit="nats")
 
-        def at_end(arrays: Arrays, weights: Array, args: Mapping[str, Any] = args) -> Array:
-            return counterfactuals.excess_curve(arrays, weights, **args)[:, -1]
+        def ends(arrays: Arrays, weights: Array, args: Mapping[str, Any] = args) -> Array:
+            curve = counterfactuals.excess_curve(arrays, weights, **args)
+            return np.stack([curve[:, -1], curve[:, -1] - curve[:, 0] / 2], axis=1)
 
-        end = intervals.estimate(at_end, wrong, unit="nats")
+        end, above_half = intervals.estimates(ends, wrong, unit="nats")
+        gone = f", half of the excess is gone after {number(half)}" if half.value is not None else ""
         if side(area) != 1:
             verdict = word(area, "", "it costs nothing", "no cost can be told")
-        elif side(half) is not None:
-            verdict = f"the student recovers, half of the excess is gone after {number(half)}"
-        elif side(end) == 1:
-            verdict = f"the student does not recover within {last} tokens"
+        elif last == 1:
+            verdict = "whether the student recovers cannot be told from one token"
         else:
-            verdict = f"when the student recovers within {last} tokens cannot be told"
+            verdict = word(
+                above_half,
+                f"the student does not recover within {last} tokens",
+                f"the student recovers within {last} tokens{gone}",
+                f"whether the student recovers within {last} tokens cannot be told",
+            )
         lines.append(
             f"- a token replaced by {said}: {verdict}; excess KL {number(area)} in all, "
             f"{number(end)} after {last} tokens"
         )
-    lines += _hand_over(row.intervention("hand_over"))
+    lines += _corruption(row.interventions["corruption"])
+    lines += _hand_over(row.interventions["hand_over"])
     return lines or [
         f"Not measured: `kdbench collect {row.records[0].run_id} --intervention all` tries what happens "
         "after a wrong token and when one model hands over to the other."
     ]
 
 
+def _corruption(found: list[Intervention]) -> list[str]:
+    """What wrong tokens in the teacher's responses do to the student's error."""
+    made = [counterfactuals.corruption_arrays(one) for one in found]
+    lines = []
+    for kind, said in _KINDS.items():
+        if made and all(f"{kind}_forward_kl" in arrays for _, arrays in made):
+            rates, arrays = made[0][0], [one for _, one in made]
+            args = {"rates": rates, "kind": kind}
+            area = intervals.estimate("corruption_area_nats", arrays, args, unit="nats")
+            lines.append(
+                f"- up to {100 * rates[-1]:g} % of the teacher's tokens replaced by {said}: "
+                + word(area, "KL rises", "KL falls", "no change of KL can be told")
+                + f", area between the curves {number(area)}"
+            )
+    return lines
+
+
 def _hand_over(found: list[Intervention]) -> list[str]:
     """What m tokens of the other model do to the score, against the finishing model alone."""
-    if not found:
-        return []
     made = [counterfactuals.hand_over_arrays(one) for one in found]
-    counts, arrays = made[0][0], [one for _, one in made]
-    at = max(i for i, m in enumerate(counts[:-1]) if m <= _HANDED)  # at the last one nothing is handed over
+    counts, arrays = (made[0][0], [one for _, one in made]) if made else ([0], [])
+    # at the last one nothing is handed over
+    at = max((i for i, m in enumerate(counts[:-1]) if m <= _HANDED), default=0)
+    if not at or counts[0]:
+        return []
     lines = []
     for first, other in (("student", "teacher"), ("teacher", "student")):
-
-        def change(sums: Arrays, weights: Array, first: str = first) -> Array:
-            curve = counterfactuals.hand_over_score_curve(sums, weights, len(counts), first)
-            return curve[:, at] - curve[:, 0]
-
-        one = intervals.estimate(change, arrays, unit="points")
+        one = intervals.estimate("hand_over_gain", arrays, {"column": at, "first": first}, unit="points")
         said = word(one, "raises", "lowers", "does not move, as far as can be told,")
         lines.append(
             f"- the first {_plural(counts[at], 'token')} by the {first}: this {said} the ROUGE-L of what the "
@@ -271,9 +291,11 @@ def _stopping(row: Row) -> list[str]:
     longest = row.detail["max_new_tokens"]
 
     def line(name: str, said: str, unit: str = "", **args: Any) -> str:
+        sides = ("student", "teacher")
         apart = row.estimate(_apart(name), unit, **args)
-        own, teacher = (row.estimate(name, unit, **args, roll_in=g) for g in ("student", "teacher"))
-        compared = word(
+        own, teacher = (row.estimate(name, unit, **args, roll_in=g) for g in sides)
+        few = intervals.few_events(name, row.arrays, args, sides)
+        compared = _nothing(few) or word(
             apart,
             "more than the teacher",
             "less than the teacher",
@@ -288,14 +310,21 @@ def _stopping(row: Row) -> list[str]:
         line("mean_length_tokens", "length", "tokens"),
         line("truncation_rate", "responses without an end", length=longest),
         f"- chance to stop at a token, relative to the teacher's: {number(hazard)}: "
-        + word(
-            hazard,
-            "the student stops sooner",
-            "the student stops later",
-            "no difference can be told",
-            of=1.0,
+        + (
+            _nothing(intervals.few_events("eos_hazard_ratio", row.arrays, {"length": longest}))
+            or word(
+                hazard,
+                "the student stops sooner",
+                "the student stops later",
+                "no difference can be told",
+                of=1.0,
+            )
         ),
     ]
+
+
+def _nothing(few: str) -> str:
+    return f"nothing can be told, {few.rstrip('.')}" if few else ""
 
 
 def _certainty(row: Row) -> list[str]:
@@ -311,7 +340,9 @@ def _certainty(row: Row) -> list[str]:
     for one in row.records:
         for name, score in one.scores.items():
             if name.startswith("exposure_bias/") and (text := score.detail.get("warning")):
-                reason = re.sub(r"survival at l = \d+ is [\d.]+", "survival is", text)
+                reason = re.sub(r"survival .+ is [\d.]+,", "survival is", text)
+                reason = re.sub(r"(events: .+), \d+", r"\1", reason)
+                reason = re.sub(r"\d+ of \d+ resamples", "some resamples", reason)
                 warnings.setdefault(reason, []).append(name.removeprefix("exposure_bias/"))
     reasons: dict[str, list[str]] = {}
     for one in row.records:

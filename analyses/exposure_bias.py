@@ -12,23 +12,25 @@ Divergences are in nats over the full vocabulary, KL(p||q) unless a score's name
 response tokens. Every interval is a 95 % interval over prompts, see `kdbench.intervals`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from analyses._exposure_rows import LENGTHS, VERSION, reach, rows
-from kdbench import estimators, intervals, per_prompt
+from analyses._exposure_rows import LENGTHS, VERSION, interventions, must_be_of, reach, rows
+from kdbench import counterfactuals, estimators, intervals, per_prompt
+from kdbench.counterfactuals import Intervention
 from kdbench.errors import UserError, unknown
 from kdbench.estimators import ESTIMATORS, Array
 from kdbench.evidence import DIVERGENCES, Evidence, conditions, read_evidence
-from kdbench.intervals import MIN_EPSILON_NATS, MIN_SURVIVAL, VARIANTS, Resampling
+from kdbench.intervals import MIN_SURVIVAL, VARIANTS, Estimate, Resampling
 from kdbench.record import Analysis, RecordError, RunFolder, Score
 
 __all__ = ["LENGTHS", "VERSION", "Settings", "analyze", "figures", "summary"]
 DIVERGENCE = "forward_kl"
+HORIZON = 15  # tokens behind a replaced one that scores of recovery look at
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,8 @@ class _Row:
     """One score, at every l of `LENGTHS` unless `whole`.
 
     `inputs`: names of arrays, '*' standing for the roll-in of `args`, or for student and teacher. `running`:
-    conditional on running, so left out where survival is low. `first`: the least l at which it is defined. An
-    argument `length` of 0 stands for max_new_tokens.
+    conditional on running, so left out where survival is low (an ExAccErr has a warning there). `first`: the
+    least l at which it is defined. An argument `length` of 0 stands for max_new_tokens.
     """
 
     name: str
@@ -71,6 +73,11 @@ class _Row:
     first: int = 1
     variant: str = ""
     whole: bool = False
+
+    @property
+    def ratio(self) -> bool:
+        """Whether it is an ExAccErr in percent, under the rules of `kdbench.intervals`."""
+        return bool(self.variant) and self.unit == "%"
 
     @property
     def arrays(self) -> list[str]:
@@ -104,24 +111,24 @@ def _both(
     return one, replace(one, name=teacher or f"teacher_{name}", direction="none", args=other)
 
 
-def _variant(name: str, variant: str, running: bool) -> _Row:
+def _variant(name: str, variant: str) -> _Row:
     found = VARIANTS[variant]
-    return _Row(name, found.estimator, found.inputs, found.unit, "lower", running=running, variant=variant)
+    return _Row(name, found.estimator, found.inputs, found.unit, "lower", running=True, variant=variant)
 
 
 _SUMS, _PER = "*_sum *_count", "nats/token"
 _ERROR, _MINILLM = "accumulated_error", "accumulated_error_minillm"
 _ROWS: tuple[_Row, ...] = (
     *_both("length", "mean_length_tokens", "*_count", "tokens", whole=True),
-    _variant("ex_acc_err", "alive", True),
+    _variant("ex_acc_err", "alive"),
     *_both(_ERROR, "accumulated_error_nats", _SUMS, "nats", "lower", running=True, teacher="teacher_error"),
-    *_both("survival", "survival", "*_count", running=True),
-    _variant("ex_acc_err_minillm", "minillm-code", False),
+    *_both("survival", "survival", "*_count"),
+    _variant("ex_acc_err_minillm", "minillm-code"),
     *_both(_MINILLM, "minillm_error_nats", "*_step", "nats", "lower", teacher="teacher_error_minillm"),
-    _variant("ex_acc_err_matched", "matched", True),
-    _variant("ex_acc_err_arora_paper", "arora22-paper", False),
-    _variant("ex_acc_err_arora_code", "arora22-code", True),
-    _variant("excess", "abs", True),
+    _variant("ex_acc_err_matched", "matched"),
+    _variant("ex_acc_err_arora_paper", "arora22-paper"),
+    _variant("ex_acc_err_arora_code", "arora22-code"),
+    _variant("excess", "abs"),
     _Row("length_term", "length_term_nats", _SUMS, "nats"),
     _Row("state_term", "state_term_nats", _SUMS, "nats", "lower"),
     *_both("growth_exponent", "growth_exponent", _SUMS, "", "lower", running=True, first=2),
@@ -179,101 +186,123 @@ class _Scorer:
     longest: int
     how: Resampling
 
-    def survival(self, counts: Sequence[str], length: int) -> float:
-        """The least share of responses with `length` tokens or more."""
-        ones = np.ones((1, len(self.found["prompt"])))
-        shares = [estimators.survival({"student_count": self.found[name]}, ones, length) for name in counts]
-        return min(float(share[0]) for share in shares)
-
     def score(self, row: _Row, prefix: str, left_out: dict[str, str]) -> dict[str, Score]:
         """The row's scores by name; what is left out is put into `left_out` with the reason."""
         inputs = {name: self.found[name] for name in [*row.arrays, "prompt"]}
-        if row.whole:
-            return {row.name: self._scores(row, inputs, [self.longest])[0]}
-        lengths, low = [], {}
-        for length in (one for one in LENGTHS if row.first <= one <= self.longest):
-            share = self.survival(row.counts, length)
-            if share < MIN_SURVIVAL and row.running:
-                left_out[f"{prefix}{row.name}@{length}"] = f"survival {share:.3f} is below {MIN_SURVIVAL}"
-                continue
-            if share < MIN_SURVIVAL:
-                low[length] = f"survival at l = {length} is {share:.3f}, below {MIN_SURVIVAL}."
-            lengths.append(length)
-        made = self._scores(row, inputs, lengths) if lengths else []
-        for length, score in zip(lengths, made, strict=True):
-            if length in low:
-                score.detail["warning"] = " ".join([low[length], score.detail.get("warning", "")]).strip()
-        return {f"{row.name}@{length}": score for length, score in zip(lengths, made, strict=True)}
+        lengths = [self.longest]
+        if not row.whole:
+            alive = intervals.survival([{name: self.found[name] for name in row.counts}], self.longest)
+            lengths = []
+            for length in (one for one in LENGTHS if row.first <= one <= self.longest):
+                if row.running and not row.ratio and (share := alive[length - 1]) < MIN_SURVIVAL:
+                    why = f"survival {share:.3f} is below {MIN_SURVIVAL}"
+                    left_out[f"{prefix}{row.name}@{length}"] = why
+                else:
+                    lengths.append(length)
+        if not lengths:
+            return {}
+        if row.ratio:
+            found = intervals.ex_acc_err_estimates(inputs, lengths, row.variant, how=self.how)
+        else:
+            found = intervals.estimates(_columns(row, lengths), inputs, unit=row.unit, how=self.how)
+        names = [row.name] if row.whole else [f"{row.name}@{length}" for length in lengths]
+        made = (self._score(row, inputs, *one) for one in zip(lengths, found, strict=True))
+        return dict(zip(names, made, strict=True))
 
-    def _scores(self, row: _Row, inputs: Mapping[str, Array], lengths: Sequence[int]) -> list[Score]:
-        function, ones = ESTIMATORS[row.estimator], np.ones((1, len(inputs["prompt"])))
-        ratio = bool(row.variant) and row.unit == "%"
-        # exactly no error: 0 with [0, 0], though there is no ratio
-        nothing = ratio and not any(np.any(inputs[name]) for name in row.arrays if _of_divergence(name))
-        table = _resampled(row, lengths, self.longest)
-        points, lows, highs = intervals.band(table, inputs, 0, how=self.how)
-        made = []
-        for i, length in enumerate(lengths):
-            args = dict(row.args)
-            if not row.whole or "length" in args:
-                args["length"] = length
-            value = float(function(inputs, ones, **args)[0])
-            detail: dict[str, Any] = dict(zip(("low", "high"), _numbers([lows[i], highs[i]]), strict=True))
-            at, oracle = i + len(lengths), i + 2 * len(lengths)
-            least = next(
-                (one[oracle] for one in (lows, points) if ratio and np.isfinite(one[oracle])), np.inf
-            )
-            if not nothing and least / length < MIN_EPSILON_NATS:
-                excess = _numbers([points[at], lows[at], highs[at]])
-                warning = f"epsilon may be under {MIN_EPSILON_NATS:g} nats: no ratio, R - l epsilon instead."
-                detail = {"low": None, "high": None, "warning": warning}
-                detail["excess_nats"] = dict(zip(("value", "low", "high"), excess, strict=True))
-                value = np.nan
-            elif not np.isfinite(value):
-                detail["warning"] = "not defined on these responses."
-            elif detail["low"] is None:
-                few = "one prompt is too few" if ones.size < 2 else "not defined in too many resamples"
-                detail["warning"] = f"no interval: {few}."
-            usable = value if np.isfinite(value) else None
-            arrays = {name: self.keys[name] for name in inputs}
-            made.append(
-                Score(usable, row.unit, ones.size, row.direction, row.estimator, arrays, args, detail)
-            )
-        return made
+    def _score(self, row: _Row, inputs: Mapping[str, Array], length: int, found: Estimate) -> Score:
+        args = dict(row.args)
+        if not row.whole or "length" in args:
+            args["length"] = length
+        arrays = {name: self.keys[name] for name in inputs}
+        if found.value is not None and found.unit == row.unit:  # the number that its estimator gives
+            value = float(ESTIMATORS[row.estimator](inputs, np.ones((1, found.n)), **args)[0])
+            found = replace(found, value=value)
+        found = replace(found, warning=intervals.few_events(row.estimator, inputs, args) or found.warning)
+        return _as_score(found, row.estimator, arrays, args, row.unit, row.direction)
 
 
-def _numbers(values: Sequence[float] | Array, digits: int = 10) -> list[float | None]:
-    return [round(float(value), digits) if np.isfinite(value) else None for value in values]
+def _as_score(
+    found: Estimate, estimator: str, arrays: dict[str, str], args: dict[str, Any], unit: str, direction: str
+) -> Score:
+    """An estimate as a score; in another unit than the score's it is what there is instead of a value."""
+    detail: dict[str, Any] = dict(zip(("low", "high"), _numbers([found.low, found.high]), strict=True))
+    value = found.value
+    if found.unit != unit:
+        value, detail = None, {"low": None, "high": None}
+        excess = _numbers([found.value, found.low, found.high])
+        detail["excess_nats"] = dict(zip(("value", "low", "high"), excess, strict=True))
+    if found.warning:
+        detail["warning"] = found.warning
+    return Score(value, unit, found.n, direction, estimator, arrays, args, detail)
 
 
-def _at_each(name: str, lengths: Sequence[int]) -> Callable[..., Array]:
-    """f(arrays, weights, **args) -> [R, L]: an estimator at each length, from its curve where it has one."""
-    curve = getattr(estimators, f"{name.removesuffix('_nats')}_curve", None)
-    curve = curve or getattr(estimators, f"{name}_curve", None)
-    if curve is None:
-        one = ESTIMATORS[name]
-        return lambda arrays, weights, **args: np.stack(
-            [one(arrays, weights, length=length, **args) for length in lengths], axis=1
-        )
-    at, longest = np.asarray(lengths) - 1, max(lengths)
-    return lambda arrays, weights, **args: curve(arrays, weights, longest, **args)[:, at]
+def _numbers(values: Iterable[float | None], digits: int = 10) -> list[float | None]:
+    return [None if x is None or not np.isfinite(x) else round(float(x), digits) for x in values]
 
 
-def _resampled(row: _Row, lengths: Sequence[int], longest: int) -> Callable[..., Array]:
-    """f(arrays, weights, length) -> [R, L], or of a ratio [R, 3 L]: ratio (%), R - E and E (nats)."""
+def _columns(row: _Row, lengths: Sequence[int]) -> Callable[..., Array]:
+    """f(arrays, weights) -> [R, L]: the row's estimator at each length."""
     if row.whole:
-        args = {**row.args, **({"length": longest} if "length" in row.args else {})}
-        return lambda arrays, weights, length: ESTIMATORS[row.estimator](arrays, weights, **args)[:, None]
-    if not row.variant or row.unit != "%":
-        take = _at_each(row.estimator, lengths)
-        return lambda arrays, weights, length: take(arrays, weights, **row.args)
-    error, oracle = _at_each(VARIANTS[row.variant].error, lengths), VARIANTS[row.variant].oracle
+        args = {**row.args, **({"length": lengths[0]} if "length" in row.args else {})}
+        return lambda arrays, weights: ESTIMATORS[row.estimator](arrays, weights, **args)[:, None]
+    take = intervals.at_each(row.estimator, lengths)
+    return lambda arrays, weights: take(arrays, weights, **row.args)
 
-    def table(arrays: Mapping[str, Array], weights: Array, length: int) -> Array:
-        student, own = error(arrays, weights), error(arrays, weights, roll_in=oracle)
-        return np.concatenate([estimators.excess(student, own), student - own, own], axis=1)
 
-    return table
+# ---------------------------------------------------------------------------------- scores of interventions
+def _trials(name: str, one: Intervention) -> Iterator[tuple[str, str, str, str, Mapping[str, Array], Any]]:
+    """(name, estimator, unit, direction, arrays, arguments) of the scores of an intervention."""
+    if name == "hand_over":
+        counts, arrays = counterfactuals.hand_over_arrays(one)
+        inputs = {"student_score": arrays["student_score"], "prompt": arrays["prompt"]}
+        for column, m in enumerate(counts):
+            if m and not counts[0]:
+                yield f"gain@{m}", "hand_over_gain", "points", "higher", inputs, {"column": column}
+    elif name == "corruption":
+        rates, arrays = counterfactuals.corruption_arrays(one)
+        for kind in counterfactuals.KINDS:
+            if (key := f"{kind}_forward_kl") in arrays:
+                inputs = {n: arrays[n] for n in (key, "count", "prompt")}
+                args: dict[str, Any] = {"rates": rates, "kind": kind}
+                yield f"area_{kind}", "corruption_area_nats", "nats", "lower", inputs, args
+    else:
+        arrays = counterfactuals.excess_arrays(one)
+        for setting in (setting for setting in one.conditions.values() if setting):
+            kind, place = setting["kind"], setting["place"]
+            which = f"{kind}@{place}"
+            inputs = {n: arrays[n] for n in (f"{which}_forward_kl_excess", f"{which}_alive", "prompt")}
+            length = min(HORIZON, one.description["decoding"]["max_new_tokens"] - place - 1)
+            args = {"length": length, "kind": kind, "place": place}
+            yield f"area_{which}", "excess_area_nats", "nats", "lower", inputs, args
+            yield f"half_life_{which}", "half_life_tokens", "tokens", "lower", inputs, args
+
+
+def _tried(name: str, one: Intervention, how: Resampling) -> tuple[dict[str, Score], dict[str, Array]]:
+    """(scores, arrays) of an intervention, without the prefix `<name>/`."""
+    scores: dict[str, Score] = {}
+    stored: dict[str, Array] = {}
+    for label, estimator, unit, direction, arrays, args in _trials(name, one):
+        found = intervals.estimate(estimator, arrays, args, unit=unit, how=how)
+        if name == "recovery":
+            found = _after_a_token(found, arrays, **args)
+        stored |= arrays
+        keys = {key: f"{name}/{key}" for key in arrays}
+        scores[label] = _as_score(found, estimator, keys, args, unit, direction)
+    return scores, stored
+
+
+def _after_a_token(
+    found: Estimate, arrays: Mapping[str, Array], length: int, kind: str, place: int
+) -> Estimate:
+    """The estimate, without a value where too few twins run `length` tokens behind the replaced one."""
+    ones = np.ones((1, found.n))
+    alive = counterfactuals.excess_alive_curve(arrays, ones, length, kind, place)[0, -1]
+    if alive < MIN_SURVIVAL:
+        warning = f"survival {length} tokens behind is {alive:.3f}, below {MIN_SURVIVAL}: no number."
+        return Estimate(None, None, None, found.unit, found.n, warning)
+    if found.unit == "tokens" and found.value is None and np.isfinite(alive):
+        return replace(found, warning=f"the excess does not fall to half within {length} tokens.")
+    return found
 
 
 def analyze(run: RunFolder, settings: Settings | None = None) -> Analysis:
@@ -286,12 +315,21 @@ def analyze(run: RunFolder, settings: Settings | None = None) -> Analysis:
     `kdbench.estimators` has them; under the teacher's roll-in they are named `teacher_<name>`. Prefixes:
     `<profile>/` for further decoding profiles, `<divergence>/` for further divergences.
 
-    A score's detail holds `low` and `high` of its interval and, where there is something to say, `warning`.
-    What is conditional on running reaches to a survival of `MIN_SURVIVAL`. The analysis' detail says what was
-    `left_out` and why, under which `conditions` the evidence was made, and holds the whole curves, also of
-    every snapshot of training.
+    Interventions that the run has give, with the conditions of their own that `detail["profiles"]` holds:
+    `hand_over/gain@m` (ROUGE-L x 100 of what the teacher makes of the student's first m tokens, less that of
+    the teacher alone), `corruption/area_<kind>` (nats), and within `HORIZON` tokens behind a token replaced
+    after k others `recovery/area_<kind>@k` (nats) and `recovery/half_life_<kind>@k` (tokens).
 
-    Raises: RecordError where evidence is missing or damaged or lacks a roll-in.
+    A score's detail holds `low` and `high` of its interval and, where there is something to say, `warning`.
+    An ExAccErr follows the rules of `kdbench.intervals.ex_acc_err_estimates`: without a value it has a
+    warning, and where epsilon is near 0 `excess_nats`. What else is conditional on running is left out under
+    a survival of `MIN_SURVIVAL`; what is defined for all responses stays a number. A rate of fewer than
+    `MIN_EVENTS` events has its number and a warning. The analysis' detail says what was `left_out` and why,
+    under which `conditions` the evidence was made, and holds the whole curves, also of every snapshot of
+    training; an ExAccErr there is None where there is no ratio.
+
+    Raises: RecordError where a file is missing or damaged, lacks a roll-in, or is of another run or decoding
+    profile than its place says.
     """
     chosen = settings or Settings()
     how = replace(intervals.DEFAULT, resamples=chosen.resamples)
@@ -299,9 +337,10 @@ def analyze(run: RunFolder, settings: Settings | None = None) -> Analysis:
     arrays: dict[str, Array] = {}
     left_out: dict[str, str] = {}
     about: dict[str, dict[str, Any]] = {}
+    run_id = run.record.run_id
     for profile in ("", *run.profiles()):
         prefix = f"{profile}/" if profile else ""
-        evidence = _read(run.evidence_of(profile))
+        evidence = _read(run.evidence_of(profile), run_id, profile)
         longest = evidence.manifest.max_new_tokens
         about[profile] = {
             "profile": evidence.manifest.profile,
@@ -328,14 +367,20 @@ def analyze(run: RunFolder, settings: Settings | None = None) -> Analysis:
                     continue
                 scores |= {prefix + own + name: score for name, score in made.items()}
             if not prefix and not own:
-                about[""]["curve"] = curve(found)
+                about[""]["curve"] = curve(found, how)
                 left_out |= _published_elsewhere(found, evidence.manifest.profile, run.profiles())
+    for name, (_, one) in interventions(run, run_id).items():
+        made, mine = _tried(name, one, how)
+        scores |= {f"{name}/{label}": score for label, score in made.items()}
+        arrays |= {f"{name}/{key}": value for key, value in mine.items()}
+        about[name] = {"profile": one.description["profile"], "conditions": one.made_under}
+    snapshots = [(step, _read(path, run_id, light=True)) for step, path in run.snapshots()]
     detail = {
         **about.pop(""),
         "divergence": DIVERGENCE,
         "left_out": left_out,
         "profiles": about,
-        "snapshots": [{"step": step, **_snapshot(_read(path, light=True))} for step, path in run.snapshots()],
+        "snapshots": [{"step": step, **_snapshot(one, how)} for step, one in snapshots],
     }
     return Analysis(scores, arrays, detail)
 
@@ -352,8 +397,11 @@ def _published_elsewhere(found: Mapping[str, Array], profile: str, others: Seque
     return out
 
 
-def _read(path: Path, light: bool = False) -> Evidence:
+def _read(path: Path, run_id: str, profile: str = "", light: bool = False) -> Evidence:
     evidence = read_evidence(path)
+    must_be_of(path, evidence.manifest.run, run_id)
+    if profile not in ("", evidence.manifest.profile):
+        raise RecordError(f"{path}: was made in the decoding profile '{evidence.manifest.profile}'.")
     needed = {"student"} if light else {"student", "teacher"}
     if not needed <= set(evidence.roll_ins):
         missing = ", ".join(sorted(needed - set(evidence.roll_ins)))
@@ -361,8 +409,11 @@ def _read(path: Path, light: bool = False) -> Evidence:
     return evidence
 
 
-def curve(found: Mapping[str, Array]) -> dict[str, list[float | None]]:
-    """ExAccErr (alive), both errors and survival for l = 1, 2, ... as far as they reach, as lists."""
+def curve(found: Mapping[str, Array], how: Resampling) -> dict[str, list[float | None]]:
+    """ExAccErr (alive), both errors and survival for l = 1, 2, ... as far as they reach, as lists.
+
+    ExAccErr is None where epsilon may be 0.
+    """
     ones = np.ones((1, len(found["prompt"])))
     length = reach(found)
     lists = {
@@ -370,21 +421,22 @@ def curve(found: Mapping[str, Array]) -> dict[str, list[float | None]]:
         "survival": estimators.survival_curve(found, ones, length)[0],
     }
     if "teacher_sum" in found:
-        lists["ex_acc_err"] = estimators.ex_acc_err_alive_curve(found, ones, length)[0]
+        lists["ex_acc_err"] = intervals.ex_acc_err_band(found, length, how=how)[0]
         lists["teacher_error"] = estimators.accumulated_error_curve(found, ones, length, "teacher")[0]
         lists["teacher_survival"] = estimators.survival_curve(found, ones, length, "teacher")[0]
     return {name: _numbers(values, 6) for name, values in lists.items()}
 
 
-def _snapshot(evidence: Evidence) -> dict[str, Any]:
+def _snapshot(evidence: Evidence, how: Resampling) -> dict[str, Any]:
     """A snapshot's curve and mean length, and `minillm-code` over l where the teacher's roll-in is there."""
     found = per_prompt.arrays(evidence)
     ones = np.ones((1, len(found["prompt"])))
-    out: dict[str, Any] = {**curve(found), "prompts": len(found["prompt"])}
+    out: dict[str, Any] = {**curve(found, how), "prompts": len(found["prompt"])}
     out["length"] = round(float(estimators.mean_length_tokens(found, ones)[0]), 6)
     if "teacher_step" in found:
         longest = evidence.manifest.max_new_tokens
-        out["ex_acc_err_minillm"] = _numbers(estimators.ex_acc_err_minillm_curve(found, ones, longest)[0], 6)
+        ratio = intervals.ex_acc_err_band(found, longest, "minillm-code", how=how)[0]
+        out["ex_acc_err_minillm"] = _numbers(ratio, 6)
     return out
 
 

@@ -5,19 +5,22 @@ Source: `kdbench.intervals.paired`; conditions that must agree are those of `kdb
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kdbench import intervals
 from kdbench.errors import UserError, unknown
 from kdbench.estimators import Array
 from kdbench.evidence import require_same_conditions
-from kdbench.intervals import Difference, Estimate, Resampling
-from kdbench.record import RecordError, RunFolder, RunRecord, Score
+from kdbench.intervals import VARIANTS, Difference, Estimate, Resampling
+from kdbench.record import RecordError, RunFolder, Score
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A score of two methods: each with its interval, and their difference, the first less the second."""
+    """A score of two methods: each with its interval, and their difference, the first less the second.
+
+    The difference's `warning` holds what there is to say of all three.
+    """
 
     score: str
     a: Estimate
@@ -35,8 +38,9 @@ def paired(
 
     `scores`: full names, of any analysis, e.g. 'exposure_bias/ex_acc_err@30'.
 
-    Two single runs may have different training seeds. A score without a value, for a reason that its analysis
-    gives (survival, epsilon near 0), has none here either, with that warning.
+    Two single runs may have different training seeds. Where a run has no ExAccErr because epsilon may be 0,
+    R - l epsilon is compared instead, in nats, with that warning. Any other score without a value (survival)
+    has none here either, with the warning that its analysis gives.
 
     Raises: RecordError, naming what differs, where the two have other prompts, teachers, decoding settings,
     tasks, axis values, training seeds or definitions of a score; UserError where a run has no such score, or
@@ -57,7 +61,7 @@ def paired(
     for name in scores:
         inputs: list[list[dict[str, Array]]] = []
         like: Score | None = None
-        warnings: list[str] = []
+        missing: dict[str, Score] = {}  # why a run has no value
         for side in loaded:
             inputs.append([])
             for run, record, arrays in side:
@@ -75,22 +79,24 @@ def paired(
                 require_same_conditions(
                     first_record.conditions(name), record.conditions(name), (str(first.path), str(run.path))
                 )
-                warnings += _warning(record, score)
+                if score.value is None:
+                    why = score.detail.get("warning", "not defined.")
+                    missing[f"{record.row}, seed {record.seed}: {why}"] = score
                 inputs[-1].append({key: arrays[stored] for key, stored in score.arrays.items()})
         assert like is not None
-        function, unit = str(like.estimator), like.unit
-        if warnings:  # what its analysis would not print is not compared either
-            none = Estimate(None, None, None, unit, like.n, warnings[0])
-            out.append(Comparison(name, none, none, Difference(None, None, None, unit, like.n, warnings[0])))
+        function: intervals.Function = str(like.estimator)
+        unit, why = like.unit, next(iter(missing), "")
+        refused = [text for text, score in missing.items() if "excess_nats" not in score.detail]
+        if refused:  # what its analysis would not print is not compared either
+            none = Estimate(None, None, None, unit, like.n, refused[0])
+            out.append(Comparison(name, none, none, Difference(None, None, None, unit, like.n, refused[0])))
             continue
+        if missing:
+            variant = next(one for one in VARIANTS.values() if one.estimator == like.estimator)
+            function, unit = variant.excess, "nats"
         a, b = (intervals.estimate(function, side, like.args, unit=unit, how=how) for side in inputs)
         apart = intervals.paired(function, inputs[0], inputs[1], like.args, unit=unit, how=how)
-        out.append(Comparison(name, a, b, apart))
+        told = [f"{side[0][1].row}: {x.warning}" for side, x in zip(loaded, (a, b), strict=True) if x.warning]
+        said = " ".join(text for text in (why, *told, apart.warning) if text)
+        out.append(Comparison(name, a, b, replace(apart, warning=said)))
     return out
-
-
-def _warning(record: RunRecord, score: Score) -> list[str]:
-    """Why a score of a run has no value; empty where it has one."""
-    if score.value is not None:
-        return []
-    return [f"{record.row}, seed {record.seed}: {score.detail.get('warning', 'not defined.')}"]

@@ -23,12 +23,13 @@ says how often each prompt counts in each resample. Results are float64, NaN whe
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kdbench import evidence
 from kdbench.errors import unknown
 from kdbench.estimators import Array, Arrays, estimator
 from kdbench.evidence import Manifest
@@ -136,6 +137,13 @@ class Intervention:
         self._rows = {name: np.flatnonzero(condition == i) for i, name in enumerate(self.conditions)}
         self._width = int(self.columns["position"].max(initial=0)) + 1
 
+    @property
+    def made_under(self) -> dict[str, Any]:
+        """What another one must share to be set beside it: `kdbench.evidence.conditions` and `settings`."""
+        known = {field.name for field in fields(Manifest)}
+        manifest = Manifest(**{key: value for key, value in self.description.items() if key in known})
+        return {**evidence.conditions(manifest), "settings": self.description["settings"]}
+
     def matrix(self, condition: str, column: str) -> tuple[Array, Array]:
         """(values [P, T], 0 where there is no token; alive [P, T] bool); T is the same for all conditions."""
         rows = self._rows[condition]
@@ -173,7 +181,8 @@ def read_intervention(path: Path) -> Intervention:
 
     manifest = path.with_suffix(".json")
     content = read_json(manifest)
-    wanted = {"intervention", "settings", "conditions", "models", "prompts_sha256", "rows", "sha256"}
+    made = {field.name for field in fields(Manifest)} - {"run"}  # which was added later
+    wanted = {"intervention", "settings", "conditions", "rows", "sha256", *made}
     if not isinstance(content, dict) or content.get("schema") != SCHEMA or not wanted <= content.keys():
         raise RecordError(f"{manifest}: is not an intervention's manifest of schema {SCHEMA}.")
     try:
@@ -273,6 +282,15 @@ def hand_over_score_curve(arrays: Arrays, weights: Array, length: int, first: st
     """Mean score, in its own unit, where `first` wrote m tokens, for the first `length` values of m."""
     score = arrays[f"{first}_score"]
     return _ratio(weights, score, np.ones_like(score), length)
+
+
+@estimator
+def hand_over_gain(arrays: Arrays, weights: Array, column: int, first: str = "student") -> Array:
+    """Mean score where `first` wrote the m tokens of this column, less that of m = 0 (column 0): the other
+    model alone.
+    """
+    curve = hand_over_score_curve(arrays, weights, column + 1, first)
+    return np.asarray(curve[:, column] - curve[:, 0])
 
 
 def hand_over_log_prob_curve(

@@ -98,7 +98,12 @@ def stratum_mean(arrays: Arrays, weights: Array, stratum: int) -> Array:
 
 # ---------------------------------------------------------------------------------- conditional on running
 def _running_means(arrays: Arrays, weights: Array, length: int, roll_in: str) -> Array:
-    """[R, length]: E[d_t | still running at t] = sum_p w_p sum[p, t] / sum_p w_p count[p, t], else NaN."""
+    """[R, length]: E[d_t | still running at t] = sum_p w_p sum[p, t] / sum_p w_p count[p, t].
+
+    NaN where nobody runs, but 0 if there is no error anywhere.
+    """
+    if not arrays[f"{roll_in}_sum"].any():
+        return np.zeros((len(weights), length))
     total = _weighted(weights, arrays[f"{roll_in}_sum"][:, :length])
     count = _weighted(weights, arrays[f"{roll_in}_count"][:, :length])
     missing = ((0, 0), (0, length - total.shape[1]))
@@ -252,6 +257,16 @@ def ex_acc_err_arora_paper(arrays: Arrays, weights: Array, length: int) -> Array
 
 def arora_code_error_curve(arrays: Arrays, weights: Array, length: int, roll_in: str = "student") -> Array:
     """[R, length]: `arora_code_error_nats` for l = 1..length; NaN from where no response is that long."""
+    if _no_error(arrays, roll_in):
+        return np.zeros((len(weights), length))
+    return _accumulated(arrays, weights, length, roll_in)
+
+
+def _no_error(arrays: Arrays, roll_in: str) -> bool:
+    return not any(arrays[f"{roll_in}_{name}"].any() for name in ("running", "context"))
+
+
+def _accumulated(arrays: Arrays, weights: Array, length: int, roll_in: str) -> Array:
     count, context = arrays[f"{roll_in}_count"][:, :length], arrays[f"{roll_in}_context"]
     total = arrays[f"{roll_in}_running"][:, :length] + count * context[:, None].astype(np.float64)
     mean = _divide(_weighted(weights, total), _weighted(weights, count))
@@ -273,10 +288,10 @@ def arora_code_error_nats(arrays: Arrays, weights: Array, length: int, roll_in: 
     column = slice(length - 1, length)
     names = (f"{roll_in}_count", f"{roll_in}_running")
     short = {name: arrays[name][:, column] for name in names if arrays[name].shape[1] >= length}
-    if not short:
-        return np.full(len(weights), np.nan)
+    if not short or _no_error(arrays, roll_in):
+        return arora_code_error_curve(arrays, weights, length, roll_in)[:, -1]
     short[f"{roll_in}_context"] = arrays[f"{roll_in}_context"]
-    return arora_code_error_curve(short, weights, 1, roll_in)[:, 0]
+    return _accumulated(short, weights, 1, roll_in)[:, 0]
 
 
 @estimator
@@ -395,6 +410,8 @@ def eb_c_curve(arrays: Arrays, weights: Array, length: int) -> Array:
 @estimator
 def eb_c(arrays: Arrays, weights: Array, length: int) -> Array:
     """EB-C of He et al. 2021: D_q / D_p at position l - 1; 1 is no exposure bias, and where both are 0.
+
+    Differs: He et al. index by the length of the prefix, so this is their EB-C(l - 1).
 
     `student_sum`, `student_count`, `teacher_sum`, `teacher_count` [P, T].
     """

@@ -100,6 +100,7 @@ _CONDITIONS = {
     "decoding": "decoding settings",
     "dtype": "dtype",
     "seed": "seed of the sampling",
+    "settings": "settings",  # of an intervention
 }
 
 

@@ -11,8 +11,12 @@ stratum) and on `seed` only, so two methods on the same prompts are compared in 
 those seeds. From `MIN_SEEDS` training seeds on these are drawn too, see `seed_weights`.
 
 Percentile intervals are the default. Their ends are the quantiles at Phi(sqrt(P / (P - 1)) t(P - 1)) instead
-of Phi(z), without which they are too narrow by that factor. In 2,000 simulated data sets of 200 prompts, 16
-estimators of ratios of sums under each of three kinds of error, 95 % intervals cover the truth in
+of Phi(z), without which they are too narrow by that factor; where that is beyond the extreme resample, the
+interval goes on along the line through the median and that resample, over normal quantiles. A p-value is the
+smallest alpha whose interval of level 1 - alpha excludes 0, so that the two never disagree.
+
+In 2,000 simulated data sets of 200 prompts, 16 estimators of ratios of sums under each of three kinds of
+error, 95 % intervals cover the truth in
 
                                         percentile                  BCa
     gamma                               94.7 % (93.3 to 95.3)       94.6 % (92.9 to 95.2)
@@ -25,14 +29,14 @@ exponent). BCa corrects for skewness, but not reliably where few large errors ma
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
 from scipy.special import ndtr, ndtri, stdtrit
 
-from kdbench import estimators
+from kdbench import counterfactuals, estimators  # noqa: F401  the first adds estimators
 from kdbench.errors import unknown
 from kdbench.estimators import ESTIMATORS, Array, Arrays
 from kdbench.record import RecordError
@@ -40,6 +44,7 @@ from kdbench.record import RecordError
 MIN_SEEDS = 3
 MIN_SURVIVAL = 0.2  # below this share of running responses a step's mean says little
 MIN_EPSILON_NATS = 1e-6  # where the interval of epsilon reaches below, R / (l epsilon) is noise
+MIN_EVENTS = 10  # of what a rate counts; with fewer, a percentile interval does not cover as it says
 MIN_DEFINED = 0.95  # share of resamples in which an estimator must be defined to have an interval
 
 Runs = Arrays | Sequence[Arrays]
@@ -157,10 +162,34 @@ class _Sample:
         below = np.floor(at).astype(np.int64)
         above = np.minimum(below + 1, last)
         first, second = (np.take_along_axis(ordered, i, axis=0) for i in (below, above))
+        middle = [np.take_along_axis(ordered, i[None], axis=0) for i in (last // 2, (last + 1) // 2)]
         defined = (count >= MIN_DEFINED * len(self.draws)) & np.isfinite(self.point)
-        with np.errstate(invalid="ignore"):  # inf - inf where not defined
-            low, high = np.where(defined, first + (at - below) * (second - first), np.nan)
+        with np.errstate(invalid="ignore", divide="ignore"):  # inf - inf where not defined
+            inside = first + (at - below) * (second - first)
+            median, beyond = (middle[0] + middle[1]) / 2, np.abs(tails / ndtri(1 / (count + 1)))
+            ends = np.where(beyond > 1, median + beyond * (inside - median), inside)
+            low, high = np.where(defined, ends, np.nan)
         return low, high
+
+    def p_value(self) -> float | None:
+        """The smallest alpha whose interval of level 1 - alpha excludes 0, at least 2 / (R + 1).
+
+        Of the first column; None where there is no interval.
+        """
+
+        def excluded(alpha: float) -> bool:
+            low, high = self.interval(1 - alpha)
+            return bool(low[0] > 0 or high[0] < 0)
+
+        least, most = 2 / (len(self.draws) + 1), 1.0
+        if not np.isfinite(self.interval(0.0)[0][0]):
+            return None
+        if not excluded(most) or excluded(least):
+            return least if excluded(least) else 1.0
+        for _ in range(40):
+            middle = (least + most) / 2
+            least, most = (least, middle) if excluded(middle) else (middle, most)
+        return most
 
     def _bca(self, count: Array) -> tuple[Array, Array]:
         """(z0 [L], a [L]): bias correction, and acceleration by the jackknife."""
@@ -243,16 +272,81 @@ def _numbers(sample: _Sample, low: Array, high: Array, at: int = 0) -> Three:
     return value, ends[0], ends[1]
 
 
-def _warning(sample: _Sample, low: Array) -> str:
-    """What to say about the first value of a sample; '' where all is well."""
-    if not np.isfinite(sample.point[0]):
+def _warning(sample: _Sample, low: Array, at: int = 0) -> str:
+    """What to say about one column of a sample; '' where all is well."""
+    if not np.isfinite(sample.point[at]):
         return "not defined on these responses."
     if sample.prompts < 2:
         return "no interval: one prompt is too few."
-    lost = int((~np.isfinite(sample.draws[:, 0])).sum())
-    if not np.isfinite(low[0]):
+    lost = int((~np.isfinite(sample.draws[:, at])).sum())
+    if not np.isfinite(low[at]):
         return f"no interval: not defined in {lost} of {len(sample.draws)} resamples."
     return f"not defined in {lost} of {len(sample.draws)} resamples, which are left out." if lost else ""
+
+
+# the array that counts an estimator's events, what these are, and whether it also needs responses without one
+_EVENTS = {
+    "loop_rate": ("loop", "a loop", True),
+    "loop_onset_tokens": ("loop", "a loop", False),
+    "stop_rate": ("ended", "an end token", True),
+    "truncation_rate": ("ended", "an end token", True),
+    "eos_hazard_ratio": ("ended", "an end token", False),
+}
+
+
+def few_events(
+    name: str, runs: Runs, args: Mapping[str, Any] | None = None, roll_ins: Sequence[str] = ()
+) -> str:
+    """A warning where an estimator rests on fewer than `MIN_EVENTS` events, '' elsewhere.
+
+    Events are loops and end tokens, of all runs together; those of a share, which is as badly known near 1 as
+    near 0, also the responses without one. `roll_ins`: what is counted together, for a difference between
+    them; else the one of `args`. `eos_hazard_ratio` needs the events under either roll-in.
+    """
+    if name not in _EVENTS:
+        return ""
+    column, noun, share = _EVENTS[name]
+    given, listed = args or {}, [runs] if isinstance(runs, Mapping) else list(runs)
+    groups = [list(roll_ins) or [str(given.get("roll_in", "student"))]]
+    if name == "eos_hazard_ratio":
+        groups = [["student"], ["teacher"]]
+    for group in groups:
+        pairs = [(arrays, g) for arrays in listed for g in group]
+        seen = sum(int(arrays[f"{g}_{column}"][:, : given.get("length")].sum()) for arrays, g in pairs)
+        counts = {"with": seen}
+        if share:
+            counts["without"] = sum(int(arrays[f"{g}_count"][:, 0].sum()) for arrays, g in pairs) - seen
+        for which, count in counts.items():
+            if count < MIN_EVENTS:
+                return f"fewer than {MIN_EVENTS} events: responses {which} {noun}, {count}."
+    return ""
+
+
+def estimates(
+    function: Callable[..., Array], runs: Runs, *, unit: str = "", how: Resampling = DEFAULT
+) -> list[Estimate]:
+    """As `estimate`, one for each column of `function(arrays, weights) -> [R, L]`."""
+    listed = _runs(runs)
+    sample = _sample(function, listed, {}, how)
+    low, high = sample.interval(how.level)
+    count = len(listed[0]["prompt"])
+    return [
+        Estimate(*_numbers(sample, low, high, at), unit, count, _warning(sample, low, at))
+        for at in range(len(low))
+    ]
+
+
+def at_each(name: str, lengths: Sequence[int]) -> Callable[..., Array]:
+    """f(arrays, weights, **args) -> [R, L]: an estimator at each length, from its curve where it has one."""
+    curve = getattr(estimators, f"{name.removesuffix('_nats')}_curve", None)
+    curve = curve or getattr(estimators, f"{name}_curve", None)
+    if curve is None:
+        one = ESTIMATORS[name]
+        return lambda arrays, weights, **args: np.stack(
+            [one(arrays, weights, length=length, **args) for length in lengths], axis=1
+        )
+    at, longest = np.asarray(lengths) - 1, max(lengths)
+    return lambda arrays, weights, **args: curve(arrays, weights, longest, **args)[:, at]
 
 
 def estimate(
@@ -269,10 +363,9 @@ def estimate(
 
     Raises: UserError for an unknown estimator, RecordError where the runs differ in prompts.
     """
-    listed = _runs(runs)
-    sample = _sample(_function(function), listed, args or {}, how)
-    low, high = sample.interval(how.level)
-    return Estimate(*_numbers(sample, low, high), unit, len(listed[0]["prompt"]), _warning(sample, low))
+    take, given = _function(function), args or {}
+    found, *_ = estimates(lambda arrays, weights: take(arrays, weights, **given), runs, unit=unit, how=how)
+    return replace(found, warning=few_events(take.__name__, runs, given) or found.warning)
 
 
 def band(
@@ -302,8 +395,9 @@ def paired(
 ) -> Difference:
     """The estimator on a less that on b, both on the same draws of prompts (and of training seeds).
 
-    The p-value is two-sided, from the share of resampled differences on either side of 0. Arguments as in
-    `estimate`; with lists both methods have the same training seeds, in the same order.
+    The p-value is the smallest alpha whose interval of level 1 - alpha excludes 0, at least
+    2 / (resamples + 1). Arguments as in `estimate`; with lists both methods have the same training seeds, in
+    the same order.
 
     Raises: RecordError, naming what differs, unless prompts and number of training seeds are the same.
     """
@@ -316,13 +410,9 @@ def paired(
     left_out = None if a.jackknife is None or b.jackknife is None else a.jackknife - b.jackknife
     sample = _Sample(a.point - b.point, a.draws - b.draws, left_out, a.prompts)
     low, high = sample.interval(how.level)
-    p_value = None
-    if np.isfinite(low[0]):
-        drawn = sample.draws[np.isfinite(sample.draws)]
-        tail = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
-        p_value = min(1.0, 2 * (tail + 1) / (len(drawn) + 1))
+    warning = few_events(take.__name__, [*one, *other], args) or _warning(sample, low)
     numbers, count = _numbers(sample, low, high), len(one[0]["prompt"])
-    return Difference(*numbers, unit, count, _warning(sample, low), p_value)
+    return Difference(*numbers, unit, count, warning, sample.p_value())
 
 
 # --------------------------------------------------------------------------------------- variants of ExAccErr
@@ -362,6 +452,13 @@ class Variant:
         """The function that gives [R, length]."""
         found: Callable[..., Array] = getattr(estimators, f"{self.estimator}_curve")
         return found
+
+    def excess(self, arrays: Arrays, weights: Array, length: int) -> Array:
+        """[R]: R(l) - l epsilon(l) in nats."""
+        student, oracle = (
+            ESTIMATORS[self.error](arrays, weights, length=length, roll_in=g) for g in self.roll_ins
+        )
+        return student - oracle
 
 
 VARIANTS = {
@@ -409,6 +506,60 @@ def require(name: str, arrays: Collection[str], profile: str | None = None) -> V
     return variant
 
 
+def ex_acc_err_estimates(
+    runs: Runs,
+    lengths: Sequence[int],
+    variant: str = "alive",
+    *,
+    profile: str | None = None,
+    how: Resampling = DEFAULT,
+) -> list[Estimate]:
+    """ExAccErr(l) of a variant in percent at each length, with its interval, or why there is none.
+
+    - every divergence that the variant reads is exactly 0: 0 with the interval [0, 0];
+    - survival at l under `MIN_SURVIVAL` under either of its roll-ins: no value, a warning;
+    - not defined on the data: no value, a warning;
+    - the interval of epsilon (without one, epsilon) reaches below `MIN_EPSILON_NATS`: R - l epsilon in nats,
+      and a warning.
+
+    'abs' is R - l epsilon in nats under the first two rules. `profile` as in `require`, other arguments as in
+    `estimate`.
+
+    Raises: UserError for an unknown variant; RecordError where the evidence cannot carry it, which says what
+    to collect, or where runs differ in prompts.
+    """
+    listed = _runs(runs)
+    chosen, *_ = [require(variant, arrays, profile) for arrays in listed]
+    unit, count = chosen.unit, len(listed[0]["prompt"])
+    counts = [name for name in chosen.arrays if name.endswith("_count")]
+    if not any(np.any(arrays[name]) for arrays in listed for name in chosen.arrays if name not in counts):
+        return [Estimate(0.0, 0.0, 0.0, unit, count) for _ in lengths]
+    alive = survival([{name: arrays[name] for name in counts} for arrays in listed], max(lengths))
+    error = at_each(chosen.error, lengths)
+
+    def table(arrays: Arrays, weights: Array) -> Array:
+        """[R, 3 L]: ExAccErr (%), R - E and E (nats)."""
+        student, oracle = (error(arrays, weights, roll_in=g) for g in chosen.roll_ins)
+        return np.concatenate([estimators.excess(student, oracle), student - oracle, oracle], axis=1)
+
+    sample = _sample(table, listed, {}, how)
+    low, high = sample.interval(how.level)
+    found = []
+    for i, length in enumerate(lengths):
+        ratio, excess, oracle = i, i + len(lengths), i + 2 * len(lengths)
+        least = low[oracle] if np.isfinite(low[oracle]) else sample.point[oracle]
+        if (share := float(alive[length - 1])) < MIN_SURVIVAL:
+            warning = f"survival at l = {length} is {share:.3f}, below {MIN_SURVIVAL}: no number."
+            found.append(Estimate(None, None, None, unit, count, warning))
+        elif unit != "%" or least / length >= MIN_EPSILON_NATS or np.isnan(least):
+            at = ratio if unit == "%" else excess
+            found.append(Estimate(*_numbers(sample, low, high, at), unit, count, _warning(sample, low, at)))
+        else:
+            warning = f"epsilon may be under {MIN_EPSILON_NATS:g} nats: no ratio, R - l epsilon instead."
+            found.append(Estimate(*_numbers(sample, low, high, excess), "nats", count, warning))
+    return found
+
+
 def ex_acc_err_estimate(
     runs: Runs,
     length: int,
@@ -417,43 +568,26 @@ def ex_acc_err_estimate(
     profile: str | None = None,
     how: Resampling = DEFAULT,
 ) -> Estimate:
-    """ExAccErr(l) of a variant in percent ('abs': nats), with its interval, or why there is none.
+    """`ex_acc_err_estimates` at one length."""
+    return ex_acc_err_estimates(runs, [length], variant, profile=profile, how=how)[0]
 
-    - every stored divergence is exactly 0: 0 with the interval [0, 0];
-    - survival at l under `MIN_SURVIVAL` under either roll-in: no value, a warning;
-    - the interval of epsilon reaches below `MIN_EPSILON_NATS`: R - l epsilon in nats, and a warning.
 
-    `profile` as in `require`, other arguments as in `estimate`.
+def ex_acc_err_band(
+    runs: Runs, length: int, variant: str = "alive", *, how: Resampling = DEFAULT
+) -> tuple[Array, Array, Array]:
+    """(point, low, high) of ExAccErr in percent for l = 1..length; NaN where there is no ratio."""
+    found = ex_acc_err_estimates(runs, range(1, length + 1), variant, how=how)
+    kept = [(x.value, x.low, x.high) if x.unit == "%" else (None, None, None) for x in found]
+    point, low, high = np.array(kept, dtype=np.float64).T
+    return point, low, high
 
-    Raises: UserError for an unknown variant; RecordError where the evidence cannot carry it, which says what
-    to collect, or where runs differ in prompts.
-    """
-    listed = _runs(runs)
-    chosen, *_ = [require(variant, arrays, profile) for arrays in listed]
-    unit, count = chosen.unit, len(listed[0]["prompt"])
-    sums = [name for name in chosen.arrays if not name.endswith("_count")]
-    if not any(np.any(arrays[name]) for arrays in listed for name in sums):
-        return Estimate(0.0, 0.0, 0.0, unit, count)
-    ones, counts = np.ones((1, count)), [name for name in chosen.arrays if name.endswith("_count")]
-    alive = min(
-        float(estimators.survival({"student_count": arrays[name]}, ones, length)[0])
-        for arrays in listed
-        for name in counts
-    )
-    if alive < MIN_SURVIVAL:
-        warning = f"survival at l = {length} is {alive:.2f}, under {MIN_SURVIVAL}: no number."
-        return Estimate(None, None, None, unit, count, warning)
 
-    def three(arrays: Arrays, weights: Array) -> Array:
-        """[R, 3]: ExAccErr (%), R - E and E (nats)."""
-        student, oracle = (ESTIMATORS[chosen.error](arrays, weights, length, g) for g in chosen.roll_ins)
-        return np.stack([estimators.excess(student, oracle), student - oracle, oracle], axis=1)
-
-    sample = _sample(three, listed, {}, how)
-    low, high = sample.interval(how.level)
-    warning, at = "", 0 if unit == "%" else 1
-    least = low[2] if np.isfinite(low[2]) else sample.point[2]  # without an interval the value itself
-    if unit == "%" and not least / length >= MIN_EPSILON_NATS:
-        at, unit = 1, "nats"
-        warning = f"epsilon may be under {MIN_EPSILON_NATS:g} nats: no ratio; this is R - l epsilon in nats."
-    return Estimate(*_numbers(sample, low, high, at), unit, count, warning)
+def survival(runs: Sequence[Arrays], length: int) -> Array:
+    """[length]: the least share, over runs and their `..._count`, of responses of l tokens or more."""
+    shares = [
+        estimators.survival_curve({"student_count": value}, np.ones((1, len(value))), length)[0]
+        for arrays in runs
+        for name, value in arrays.items()
+        if name.endswith("_count")
+    ]
+    return np.asarray(np.min(shares, axis=0))

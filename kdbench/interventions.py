@@ -69,6 +69,7 @@ def collect_interventions(
     *,
     score: Score | None = None,
     special: Collection[int] = (),
+    run: str = "",
 ) -> list[Path]:
     """Make `<folder>/<name>.parquet` of each named intervention; what is there for the same inputs is kept.
 
@@ -76,7 +77,8 @@ def collect_interventions(
 
     Args: `plan` gives prompts, decoding, max_new_tokens and batch size; `models` content identities by role;
     `score(example_id, response ids)` scores hand-overs, in its own unit; `special` holds the ids that never
-    replace a token, beside the models' end tokens. `scoring` makes both for a task.
+    replace a token, beside the models' end tokens. `scoring` makes both for a task. `run`: the id of the run
+    that the student belongs to.
     Returns the files, in the order of `names`.
     Raises: UserError for an unknown name and for a hand-over without `score`, ValueError for a vocabulary
     without two ordinary tokens.
@@ -90,7 +92,7 @@ def collect_interventions(
     paths = [folder / f"{name}.parquet" for name in names]
     for name, path in zip(names, paths, strict=True):
         parts = path.with_suffix(".parts")
-        told = describe(name, config, manifest_of(few, models), excluded)
+        told = describe(name, config, manifest_of(few, models, run=run), excluded)
         if _complete(path, told):
             continue
         key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]

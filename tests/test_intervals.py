@@ -15,7 +15,10 @@ from kdbench.intervals import (
     _sample,
     band,
     estimate,
+    ex_acc_err_band,
     ex_acc_err_estimate,
+    ex_acc_err_estimates,
+    few_events,
     paired,
     require,
     seed_weights,
@@ -167,6 +170,69 @@ def test_where_epsilon_is_near_zero_there_is_no_ratio() -> None:
     assert (absolute.value, absolute.low, absolute.warning) == (found.value, found.low, "")
     arrays["teacher_sum"] = np.where(np.arange(60)[:, None] == 0, toy()["teacher_sum"], 0)  # one prompt alone
     assert "epsilon" in ex_acc_err_estimate(arrays, 4, how=QUICK).warning
+    assert np.isnan(ex_acc_err_band(arrays, 4, how=QUICK)).all()
+    single = {name: value[:1] for name, value in toy().items()}  # no interval: the value itself
+    assert ex_acc_err_estimate(single, 1).unit == "%"
+    assert ex_acc_err_estimate(single | {"teacher_sum": single["teacher_sum"] * 1e-7}, 1).unit == "nats"
+
+
+def test_what_is_not_defined_is_no_small_epsilon() -> None:
+    arrays = toy()
+    arrays["teacher_sum"][:, 1] = np.nan
+    found = ex_acc_err_estimate(arrays, 2, how=QUICK)
+    assert (found.value, found.unit, found.warning) == (None, "%", "not defined on these responses.")
+
+
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_several_lengths_at_once_are_those_one_by_one(name: str) -> None:
+    arrays = toy()
+    arrays["teacher_sum"][:, 0] = arrays["teacher_step"][:, 0] = 0  # no ratio at l = 1
+    lengths = [1, 2, 5, 9]
+    found = ex_acc_err_estimates(arrays, lengths, name, how=QUICK)
+    for length, one in zip(lengths, found, strict=True):
+        alone = ex_acc_err_estimate(arrays, length, name, how=QUICK)
+        assert (one.unit, one.warning) == (alone.unit, alone.warning)
+        np.testing.assert_allclose(
+            np.array([one.value, one.low, one.high], dtype=float),
+            np.array([alone.value, alone.low, alone.high], dtype=float),
+            rtol=1e-9,
+        )
+
+
+# --------------------------------------------------------------------------------------------------- events
+def test_rates_of_few_events_have_a_warning() -> None:
+    """The boundary, on both sides: 9 and 10 events, 9 and 10 responses without one."""
+    prompts = 40
+    arrays = toy(prompts=prompts)
+
+    def with_events(student: int, teacher: int) -> Arrays:
+        for side, count in (("student", student), ("teacher", teacher)):
+            for column in ("loop", "ended"):
+                arrays[f"{side}_{column}"] = np.zeros((prompts, 6), dtype=np.int32)
+                arrays[f"{side}_{column}"][:count, 2] = 1
+        return arrays
+
+    for name, args in (("loop_rate", {}), ("stop_rate", {"length": 6}), ("truncation_rate", {"length": 6})):
+        for count, few in ((0, True), (9, True), (10, False), (30, False), (31, True), (40, True)):
+            found = estimate(name, with_events(count, 20), args, how=QUICK)
+            assert found.value is not None
+            assert ("fewer than 10 events: " in found.warning) == few, (name, count)
+            assert few_events(name, arrays, {**args, "roll_in": "teacher"}) == ""
+            total = count + 20  # student and teacher together, and so for a difference of two methods
+            assert bool(few_events(name, arrays, args, ("student", "teacher"))) == (total > 70)
+    assert few_events("stop_rate", with_events(12, 0), {"length": 2}) == (
+        "fewer than 10 events: responses with an end token, 0."
+    )
+    for sides, few in (((10, 10), False), ((9, 20), True), ((20, 9), True), ((40, 40), False)):
+        found = estimate("eos_hazard_ratio", with_events(*sides), {"length": 6}, how=QUICK)
+        assert ("events" in found.warning) == few, sides
+    for count, few in ((9, True), (10, False), (40, False)):
+        assert bool(few_events("loop_onset_tokens", with_events(count, 0))) == few
+    assert few_events("loop_rate", [with_events(5, 0)] * 2) == ""  # of two training seeds
+    assert few_events("survival", arrays, {"length": 2}) == ""
+    one, other = dict(with_events(4, 0)), dict(with_events(6, 0))
+    assert paired("loop_rate", one, other, how=QUICK).warning == ""
+    assert "with a loop, 9." in paired("loop_rate", one, dict(with_events(5, 0)), how=QUICK).warning
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
@@ -178,9 +244,13 @@ def test_where_few_responses_run_there_is_no_number(side: str) -> None:
     found = ex_acc_err_estimate(short, 4, how=QUICK)
     assert (found.value, found.low, found.high) == (None, None, None)
     assert "survival at l = 4 is 0." in found.warning
-    assert "under 0.2" in found.warning
+    assert "below 0.2" in found.warning
     assert ex_acc_err_estimate(short, 3, how=QUICK).value is not None
-    assert "is 0.00, under" in ex_acc_err_estimate(arrays, 100).warning
+    assert "is 0.000, below" in ex_acc_err_estimate(arrays, 100).warning
+    for name in ("minillm-code", "arora22-paper"):  # defined there, and yet no number
+        assert ex_acc_err_estimate(short, 4, name, how=QUICK).value is None
+    band = ex_acc_err_band(short, 6, how=QUICK)
+    assert [np.isnan(one).tolist() for one in band] == [[False] * 3 + [True] * 3] * 3
 
 
 def test_a_variant_says_what_to_collect() -> None:
@@ -224,6 +294,38 @@ def test_a_paired_difference_uses_the_same_prompts_for_both() -> None:
     assert bca.low < found.value < bca.high < 0  # type: ignore[operator]
     independent = paired("ex_acc_err_alive", one, toy(seed=5), args, how=QUICK)
     assert independent.p_value > 0.05  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("method", ["percentile", "bca"])
+@pytest.mark.parametrize("prompts", [3, 10, 100])
+def test_the_p_value_is_the_inverse_of_the_interval(method: Any, prompts: int) -> None:
+    """The interval of level 1 - alpha excludes 0 exactly where alpha is above p."""
+    rng, seen = np.random.default_rng(prompts), []
+    for _ in range(12):
+        one, other = values(rng, prompts), values(rng, prompts)
+        other["values"] += rng.choice([0.0, 2.0, 4.0]) / np.sqrt(prompts)
+        p = paired("mean", one, other, how=Resampling(400, method)).p_value
+        assert p is not None
+        seen.append(p)
+        near = [alpha for alpha in (p * 0.99, p * 1.01) if 2 / 401 < alpha < 1]
+        for alpha in (*near, 0.01, 0.05, 0.1, 0.3, 0.6, 0.9):
+            found = paired("mean", one, other, how=Resampling(400, method, 1 - alpha))
+            excluded = found.low > 0 or found.high < 0  # type: ignore[operator]
+            assert excluded == (p < alpha), (p, alpha, found)
+    assert len(set(seen)) > 4
+    assert min(seen) < 0.3 < max(seen)
+
+
+def test_few_prompts_give_t_intervals_beyond_the_extreme_resamples() -> None:
+    """Values of a normal, 5 prompts, level 99.9 %: more than 400 resamples can show."""
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(200):
+        arrays = {"prompt": np.arange(5), "values": rng.normal(size=5)}
+        found = estimate("mean", arrays, how=Resampling(400, level=0.99))
+        drawn = weights(5, 400) @ arrays["values"] / 5
+        assert found.low < drawn.min() < drawn.max() < found.high  # type: ignore[operator]
+        covered += found.low <= 0 <= found.high  # type: ignore[operator]
+    assert covered >= 192
 
 
 def test_other_prompts_are_refused_by_name() -> None:

@@ -33,6 +33,7 @@ from kdbench.counterfactuals import (
     excess_curve,
     half_life_tokens,
     hand_over_arrays,
+    hand_over_gain,
     hand_over_log_prob_curve,
     hand_over_score_curve,
     read_intervention,
@@ -296,8 +297,9 @@ def test_equal_models_differ_nowhere(tmp_path: Path) -> None:
     behind = excess_arrays(same["recovery"])
     assert excess_area_nats(behind, ONES, 2).tolist() == [0]
     assert np.isnan(half_life_tokens(behind, ONES, 5)).all()
-    scores = hand_over_arrays(same["hand_over"])[1]["student_score"]
-    assert (scores == scores[:, :1]).all()
+    arrays = hand_over_arrays(same["hand_over"])[1]
+    assert (arrays["student_score"] == arrays["student_score"][:, :1]).all()
+    assert [hand_over_gain(arrays, ONES, at)[0] for at in range(4)] == [0] * 4
 
 
 def test_clean_responses_are_those_of_the_evidence(data: dict[str, Intervention]) -> None:
@@ -353,7 +355,7 @@ def test_altered_files_are_refused_and_made_anew(tmp_path: Path) -> None:
     path = tmp_path / "corruption.parquet"
 
     def make() -> None:
-        collect_interventions(student(), teacher(), plan(), tmp_path, MODELS, one, ["corruption"])
+        collect_interventions(student(), teacher(), plan(), tmp_path, MODELS, one, ["corruption"], run="r")
 
     make()
     good, manifest = path.read_bytes(), path.with_suffix(".json")
@@ -365,7 +367,9 @@ def test_altered_files_are_refused_and_made_anew(tmp_path: Path) -> None:
     assert path.read_bytes() == good
     content = json.loads(manifest.read_text())
     assert content["rows"] == len(read_intervention(path).columns["token"])
-    assert content["models"] == MODELS
+    assert (content["models"], content["run"]) == (MODELS, "r")
+    found = read_intervention(path).made_under
+    assert (found["teacher"], found["settings"]) == ("t", content["settings"])
     assert content["settings"]["special"] == [EOS]
     for change in ({"schema": 0}, {"conditions": {}}):
         manifest.write_text(json.dumps(content | change))
