@@ -14,7 +14,7 @@ from kdbench.counterfactuals import Intervention, read_intervention
 from kdbench.estimators import Array, Arrays
 from kdbench.evidence import read_evidence, require_same_conditions
 from kdbench.intervals import Estimate
-from kdbench.record import RecordError, RunFolder, RunRecord
+from kdbench.record import RecordError, RunFolder, RunRecord, read_json
 
 VERSION = 2
 LENGTHS = (1, 5, 15, 30, 50, 120, 250)
@@ -49,6 +49,9 @@ def interventions(run: RunFolder, run_id: str) -> dict[str, tuple[Path, Interven
         if path.with_suffix(".json").is_file():
             one = read_intervention(path)
             must_be_of(path, one.description.get("run", ""), run_id)
+            evidence, mine = run.evidence.with_suffix(".json"), one.description["models"]
+            if evidence.is_file() and mine.get("student") != read_json(evidence)["models"].get("student"):
+                raise RecordError(f"{path}: is of another student than the run's evidence.")
             if one.description["intervention"] != name:
                 raise RecordError(f"{path}: holds the intervention '{one.description['intervention']}'.")
             found[name] = path, one

@@ -296,11 +296,13 @@ def _after_a_token(
 ) -> Estimate:
     """The estimate, without a value where too few twins run `length` tokens behind the replaced one."""
     ones = np.ones((1, found.n))
-    alive = counterfactuals.excess_alive_curve(arrays, ones, length, kind, place)[0, -1]
-    if alive < MIN_SURVIVAL:
-        warning = f"survival {length} tokens behind is {alive:.3f}, below {MIN_SURVIVAL}: no number."
+    alive = counterfactuals.excess_alive_curve(arrays, ones, length, kind, place)[0]
+    if np.isnan(alive[0]):  # no twins
+        return found
+    if (share := float(np.nan_to_num(alive[-1]))) < MIN_SURVIVAL:
+        warning = f"survival {length} tokens behind is {share:.3f}, below {MIN_SURVIVAL}: no number."
         return Estimate(None, None, None, found.unit, found.n, warning)
-    if found.unit == "tokens" and found.value is None and np.isfinite(alive):
+    if found.unit == "tokens" and found.value is None:
         return replace(found, warning=f"the excess does not fall to half within {length} tokens.")
     return found
 

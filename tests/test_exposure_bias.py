@@ -430,6 +430,8 @@ def test_files_of_other_runs_and_profiles_are_refused(tmp_path: Path) -> None:
     exposure_bias.analyze(run)
     intervene(run, run="other")
     refused("hand_over.parquet: belongs to run other")
+    intervene(run, models={"student": "another", "teacher": "t"})
+    refused("hand_over.parquet: is of another student")
     intervene(run)
     for suffix in ("parquet", "json"):
         shutil.copy(
