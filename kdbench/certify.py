@@ -10,6 +10,7 @@ itself on `REFERENCE` other prompts.
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -33,7 +34,6 @@ from kdbench.worlds.catalogue import WORLDS, world
 from kdbench.worlds.tables import World
 from kdbench.worlds.truth import Truth
 
-VERSION = 1
 PROMPTS = 200
 REPETITIONS = 2000
 REFERENCE = 1_000_000
@@ -548,12 +548,41 @@ def claimed(one: Mapping[str, Any]) -> bool:
 
 
 def failed(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows that are out of bounds without a reason that their numbers tell."""
+    return [one for one in out_of_bounds(rows) if not why(one)]
+
+
+def out_of_bounds(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The rows whose bias or coverage is out of bounds."""
     return [one for one in rows if claimed(one) and one["verdict"] not in ("ok", "exact")]
 
 
 def _label(one: Mapping[str, Any]) -> str:
     return Case(one["estimator"], tuple(one["args"].items()), one["unit"], one["divergence"]).name
+
+
+def why(one: Mapping[str, Any]) -> str:
+    """What makes a number miss the bounds, as far as its row tells; '' where it does not."""
+    if one["estimator"] == "length_quantile_tokens":
+        return "a quantile of whole numbers: an estimate is on one side of the truth or exactly on it"
+    if "undefined" in one["verdict"]:
+        return ""
+    found = []
+    if "bias" in one["verdict"]:
+        ratio = one["estimator"].startswith("ex_acc_err") or one["estimator"] in _RATIOS
+        small = abs(one["bias"]) < 0.2 * one["spread"]
+        found.append("a ratio of means, whose small bias is of second order" if ratio and small else "")
+    if "coverage" in one["verdict"]:
+        missed = 1 - one["coverage"]
+        above = missed - one["below"]
+        skewed = max(one["below"], above) > 0.6 * missed > 0 and missed < 0.3
+        side = "below" if one["below"] > above else "above"
+        reason = f"few responses carry it, so it is skewed: most misses lie {side} the truth"
+        found.append(reason if skewed else "")
+    return "; ".join(found) if all(found) else ""
+
+
+_RATIOS = ("eb_c", "eos_hazard", "eos_hazard_ratio", "acceptance", "acceptance_drop", "growth_exponent")
 
 
 def _exception(one: Mapping[str, Any]) -> str:
@@ -569,13 +598,13 @@ def _exception(one: Mapping[str, Any]) -> str:
 def markdown(rows: Sequence[Mapping[str, Any]], plan: Plan) -> str:
     """The certification table: per number its bias and coverage over worlds, then all exceptions."""
     held = [one for one in rows if claimed(one)]
-    wrong = failed(rows)
+    wrong = out_of_bounds(rows)
     least, most = bounds(Tally(repetitions=plan.repetitions, intervals=plan.repetitions))
     lines = [
         "# Certification of the estimators, v1",
         "",
         f"{plan.repetitions:,} repetitions of {PROMPTS} prompts with one response each in every world; made "
-        "by `kdbench certify`. All numbers are in [results.json](results.json).",
+        "by `kdbench certify`. All numbers are in [results.csv](results.csv).",
         "",
         f"- {len(held)} of {len(rows)} pairs of number and world are certified, "
         f"{len(held) - len(wrong)} within bounds: |bias| <= max(1 % of the truth, 0.1 points, 3 standard "
@@ -619,7 +648,12 @@ def markdown(rows: Sequence[Mapping[str, Any]], plan: Plan) -> str:
             cells += ["", "", "", ""]
         lines.append(f"| {' | '.join(cells)} | {len(ours) - len(free)} | {len(mine) - len(ours)} |")
     lines += ["", "## Out of bounds", ""]
-    lines += [f"- {_exception(one)}" for one in wrong] or ["None."]
+    reasons: dict[str, list[str]] = {}
+    for one in wrong:
+        reasons.setdefault(why(one) or "no reason that the numbers tell", []).append(_exception(one))
+    for reason, found in reasons.items():
+        lines += [f"{reason[0].upper()}{reason[1:]} ({len(found)}):", "", *(f"- {one}" for one in found), ""]
+    lines += [] if wrong else ["None."]
     lines += ["", "## Not claimed", ""]
     for verdict, reason in _REASONS.items():
         mine = [one for one in rows if one["verdict"] == verdict]
@@ -633,19 +667,21 @@ def markdown(rows: Sequence[Mapping[str, Any]], plan: Plan) -> str:
 
 
 def write(rows: Sequence[Mapping[str, Any]], plan: Plan, folder: Path) -> list[Path]:
-    """Write results.json, table.md and the figure of stop rates into `folder`; return their paths."""
-    told = {"version": VERSION, **asdict(plan), "prompts": PROMPTS, "resamples": RESAMPLES}
-    paths = [folder / "results.json", folder / "table.md"]
-    rounded = [{k: _rounded(v) for k, v in one.items()} for one in rows]
-    write_json(paths[0], {**told, "worlds": list(plan.worlds), "rows": rounded})
+    """Write results.csv, table.md and the figure of stop rates into `folder`; return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "results.csv", folder / "table.md"]
+    with paths[0].open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        table.writeheader()
+        for one in rows:
+            args = " ".join(f"{key}={value}" for key, value in one["args"].items())
+            table.writerow({key: _rounded(value) for key, value in {**one, "args": args}.items()})
     paths[1].write_text(markdown(rows, plan), encoding="utf-8")
     return paths + stop_rate_figure(folder)
 
 
 def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value
+    return f"{value:.6g}" if isinstance(value, float) else value
 
 
 STOP_RATES = (0.005, 0.01, 0.02, 0.03, 0.045, 0.06, 0.08)

@@ -89,6 +89,25 @@ def test_what_is_not_defined_fails_and_nothing_is_exact_without_intervals() -> N
     assert certify.failed(rows) == rows[:2]
 
 
+def test_what_is_out_of_bounds_fails_unless_its_numbers_tell_why() -> None:
+    def judged(case: Case, shift: float, low: float, high: float) -> tuple[str, bool]:
+        found = Tally()
+        for value in values(count=20_000):
+            found.add(value + shift, value + shift - low, value + shift + high, 5.0)
+        one = row("markov1", case, 5.0, found)
+        return certify.why(one), bool(certify.failed([one]))
+
+    means = Case("accumulated_error_nats", (("length", 15), ("roll_in", "student")), "nats")
+    assert judged(ALIVE, 0.15, 1.96, 1.96) == ("a ratio of means, whose small bias is of second order", False)
+    assert judged(ALIVE, 0.3, 1.96, 1.96) == ("", True)  # too large for that
+    assert judged(means, 0.15, 1.96, 1.96) == ("", True)  # no ratio
+    assert judged(means, 0.0, 1.5, 1.5) == ("", True)  # too narrow on both sides
+    reason, fails = judged(means, 0.0, 2.5, 1.3)
+    assert "most misses lie below the truth" in reason
+    assert not fails
+    assert judged(means, 0.0, 2.5, 0.3) == ("", True)  # too many misses
+
+
 def test_an_interval_that_is_too_narrow_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from kdbench import intervals
 

@@ -351,7 +351,7 @@ def test_certify_says_what_is_out_of_bounds(here: Path, monkeypatch: pytest.Monk
     assert code in (0, 1), err
     assert "# Certification of the estimators" in out
     assert {path.name for path in (here / "certified").iterdir()} == {
-        "results.json", "table.md", "stop_rate.png", "stop_rate.svg"
+        "results.csv", "table.md", "stop_rate.png", "stop_rate.svg"
     }  # fmt: skip
     code, out, err = call("certify", "--world", "equall")
     assert (code, out, "Did you mean 'equal'" in err) == (2, "", True)
