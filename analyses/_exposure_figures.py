@@ -223,22 +223,15 @@ class _Book:
         figure, axes = self._rowwise()
         ax, y = axes[0, 0], np.arange(len(self.rows))
         terms = {
-            "length term (upper interval)": (
-                estimators.length_term_nats,
-                {"facecolor": "0.85", "hatch": "///"},
-            ),
-            "state term (lower interval)": (estimators.state_term_nats, {"facecolor": "0.45"}),
+            "length term": (estimators.length_term_nats, {"facecolor": "0.85", "hatch": "///"}),
+            "state term": (estimators.state_term_nats, {"facecolor": "0.45"}),
         }
         start = {1: np.zeros(len(y)), -1: np.zeros(len(y))}
-        for (label, (function, look)), beside in zip(terms.items(), (-0.2, 0.2), strict=True):
-            made = [row.estimate(function, length=length) for row in self.rows]
-            found = np.array([one.value or 0.0 for one in made])
+        for label, (function, look) in terms.items():  # their intervals would start where the other ends
+            found = np.array([row.estimate(function, length=length).value or 0.0 for row in self.rows])
             sign = np.where(found < 0, -1, 1)
             left = np.where(sign > 0, start[1], start[-1])
             ax.barh(y, found, left=left, height=0.72, edgecolor="0.2", linewidth=0.6, label=label, **look)
-            ends = np.array([(one.low, one.high) for one in made], dtype=float).T
-            ax.errorbar(left + found, y + beside, xerr=np.abs(ends - found), linestyle="none", color="black",
-                        elinewidth=0.8, capsize=1.5)  # fmt: skip
             for one in (1, -1):
                 start[one] += np.where(sign == one, found, 0)
         total = [row.estimate(excess_per_response, length=length) for row in self.rows]

@@ -472,11 +472,11 @@ def _survival(case: Case, truth: Truth) -> float:
 
 
 def bounds(tally: Tally) -> tuple[float, float]:
-    """The least and the highest coverage that passes; three standard errors wider than `COVERAGE` where there
-    are fewer than `REPETITIONS`.
+    """The least and the highest coverage that passes; four standard errors wider than `COVERAGE` where there
+    are fewer than `REPETITIONS`, for there are hundreds of numbers.
     """
     few = tally.repetitions < REPETITIONS
-    noise = 3 * math.sqrt(0.05 * 0.95 / max(tally.intervals, 1)) if few else 0.0
+    noise = 4 * math.sqrt(0.05 * 0.95 / max(tally.intervals, 1)) if few else 0.0
     return COVERAGE[0] - noise, min(COVERAGE[1] + noise, 1.0)
 
 
@@ -497,12 +497,12 @@ def row(name: str, case: Case, truth: float, tally: Tally, loops: float = math.i
     error = spread / math.sqrt(count)
     coverage = tally.covered / max(tally.intervals, 1)
     least, most = bounds(tally)
+    errors = 3 if tally.repetitions >= REPETITIONS else 4
     tiny = 1e-6 * max(abs(truth), 1e-3)
     defined = min(tally.defined, tally.intervals) >= 0.95 * tally.repetitions
     wrong = [] if defined else ["undefined"]
-    wrong += (
-        ["bias"] if abs(bias) > max(0.01 * abs(truth), 0.1 if case.unit == "%" else 0.0, 3 * error) else []
-    )
+    allowed = max(0.01 * abs(truth), 0.1 if case.unit == "%" else 0.0, errors * error)
+    wrong += ["bias"] if abs(bias) > allowed else []
     wrong += [] if least <= coverage <= most else ["coverage"]
     verdict = " and ".join(wrong) or "ok"
     if not math.isfinite(truth):
@@ -599,6 +599,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], plan: Plan) -> str:
     """The certification table: per number its bias and coverage over worlds, then all exceptions."""
     held = [one for one in rows if claimed(one)]
     wrong = out_of_bounds(rows)
+    errors = 3 if plan.repetitions >= REPETITIONS else 4
     least, most = bounds(Tally(repetitions=plan.repetitions, intervals=plan.repetitions))
     lines = [
         "# Certification of the estimators, v1",
@@ -606,11 +607,11 @@ def markdown(rows: Sequence[Mapping[str, Any]], plan: Plan) -> str:
         f"{plan.repetitions:,} repetitions of {PROMPTS} prompts with one response each in every world; made "
         "by `kdbench certify`. All numbers are in [results.csv](results.csv).",
         "",
-        f"- {len(held)} of {len(rows)} pairs of number and world are certified, "
-        f"{len(held) - len(wrong)} within bounds: |bias| <= max(1 % of the truth, 0.1 points, 3 standard "
-        f"errors), coverage of the 95 % intervals from {100 * least:.1f} to {100 * most:.1f} %.",
-        f"- Intervals are made with {RESAMPLES:,} resamples. `{PAIRED}` is that of R(l) between two sets of "
-        "texts by the teacher, and truly 0 but in markov2, whose reference has another writer.",
+        f"- {len(held)} of {len(rows)} pairs of number and world are judged, "
+        f"{len(held) - len(wrong)} within bounds: |bias| <= max(1 % of the truth, 0.1 points, {errors} "
+        f"standard errors), coverage of the 95 % intervals from {100 * least:.1f} to {100 * most:.1f} %.",
+        f"- Intervals are made with {RESAMPLES:,} resamples. `{PAIRED}` is that of R(l) between two sets "
+        "of texts by the teacher, and truly 0 but in markov2, whose reference has another writer.",
         "- Not certified: Jensen-Shannon divergence, intervals over training seeds, interventions, and "
         f"lengths over {LENGTHS[-1]}.",
         "- A number is an estimator with its length l (or other arguments). Bias is that of the world where "

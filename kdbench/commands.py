@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from kdbench import board as boards
 from kdbench import config, registry
 from kdbench.config import Board, RunConfig, resolve
 from kdbench.errors import UserError, unknown
-from kdbench.record import RecordError, RunFolder, RunRecord, load, write_json
+from kdbench.record import Analysis, RecordError, RunFolder, RunRecord, load, write_json
 from kdbench.strict import to_dict
 
 if TYPE_CHECKING:
@@ -422,6 +423,26 @@ def analysis_settings(modules: Mapping[str, Any], overrides: Sequence[str]) -> d
             raise UserError(f"--set: the analysis {stem} has no settings")
         found[name] = (config.check_settings(cls, given[stem], f"--set {stem}"),) if cls else ()
     return found
+
+
+def analysed(name: str, module: Any, folder: RunFolder, settings: tuple[Any, ...]) -> Analysis:
+    """What an analysis makes of a run.
+
+    Raises: UserError where an analysis file of the user's own raises, or returns something else.
+    """
+    try:
+        made = module.analyze(folder, *settings)
+    except UserError:
+        raise
+    except Exception as error:
+        if not registry.is_path(name):
+            raise
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(frame.filename).name}:{frame.lineno}"
+        raise UserError(f"analysis {name}: {type(error).__name__}: {error} ({place})") from error
+    if not isinstance(made, Analysis):
+        raise UserError(f"analysis {name}: analyze should return an Analysis, not {type(made).__name__}")
+    return made
 
 
 def comparable_columns(board: Board, folders: Sequence[RunFolder]) -> list[str]:

@@ -415,6 +415,17 @@ def save(record: RunRecord, path: Path) -> None:
         raise RecordError(f"{path}: the record cannot be written as JSON ({error}).") from None
 
 
+def _check_rows(analysis: Analysis, where: str) -> None:
+    """Refuses scores whose arrays are missing or differ in their number of prompts. Raises RecordError."""
+    for key, score in analysis.scores.items():
+        lost = [array for array in score.arrays.values() if array not in analysis.arrays]
+        if lost:
+            raise RecordError(f"{where}: score '{key}' reads '{lost[0]}', which is not among the arrays.")
+        rows = {len(analysis.arrays[array]) for array in score.arrays.values()}
+        if len(rows) > 1:
+            raise RecordError(f"{where}: the arrays of score '{key}' differ in prompts: {sorted(rows)}.")
+
+
 class RunFolder:
     """The files of one run; reads on demand and holds nothing."""
 
@@ -500,6 +511,8 @@ class RunFolder:
             scores[prefix + key] = Score(**{**score.__dict__, "arrays": named})
         record.scores = scores
         record.analyses[name] = {"version": version, "detail": analysis.detail}
+        validate(asdict(record), f"{self.path}: analysis {name}")  # before anything is written
+        _check_rows(analysis, f"{self.path}: analysis {name}")
         if arrays:
             record.arrays_sha256 = save_arrays(path, arrays)
         save(record, self.path / "record.json")

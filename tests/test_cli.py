@@ -245,6 +245,16 @@ def test_analyze_takes_a_board_and_settings(ran: tuple[int, str, str], here: Pat
     assert re.search(r"exposure_bias/length +[\d.]+ +tokens +\[[\d.]+, [\d.]+\] +n 8", out)
 
 
+def test_an_analysis_of_ones_own_that_fails_is_one_line(ran: tuple[int, str, str], here: Path) -> None:
+    for text, said in (
+        ("raise ValueError('boom')", "ValueError: boom (own.py:3)"),
+        ("return {}", "should return an Analysis, not dict"),
+    ):
+        (here / "own.py").write_text(f"VERSION = 1\ndef analyze(run):\n    {text}\n")
+        code, out, err = call("analyze", "sft", "--analysis", "own.py")
+        assert (code, out, len(err.splitlines()), said in err) == (2, "", 1, True), err
+
+
 def test_compare(ran: tuple[int, str, str], here: Path) -> None:
     debug = ("--size", "debug")
     code, out, err = call("compare", "sft", "tempered_kd", *debug, "--score", "exposure_bias/length")

@@ -784,7 +784,7 @@ def test_figures_show_the_bands_of_the_intervals(tmp_path: Path, shown: dict[str
     assert titles == ["R(l): on the student's prefixes", "l ε(l): on the teacher's prefixes"]
 
 
-def test_bars_of_the_decomposition_have_the_intervals_of_their_terms(
+def test_bars_of_the_decomposition_are_the_terms_and_the_mark_their_sum(
     tmp_path: Path, shown: dict[str, Figure]
 ) -> None:
     run, rng = make_run(tmp_path), np.random.default_rng(0)
@@ -796,10 +796,19 @@ def test_bars_of_the_decomposition_have_the_intervals_of_their_terms(
     bars = [(bar.get_x(), bar.get_width()) for bar in ax.patches if bar.get_height() < 1]
     marks = [one for one in ax.collections if isinstance(one, LineCollection)]
     for at, name in enumerate(("length_term_nats", "state_term_nats")):
-        one = intervals.estimate(name, found, {"length": 5})
-        assert bars[at][1] == pytest.approx(one.value)
-        ends = marks[at].get_segments()[0][:, 0] - bars[at][0]
-        np.testing.assert_allclose(ends, [one.low, one.high], atol=1e-9)  # type: ignore[arg-type]
+        assert bars[at][1] == pytest.approx(intervals.estimate(name, found, {"length": 5}).value)
+
+    def both(arrays: Any, weights: Any, length: int) -> Any:
+        one, other = (estimators.ESTIMATORS[f"{g}_term_nats"] for g in ("length", "state"))
+        return one(arrays, weights, length) + other(arrays, weights, length)
+
+    total = intervals.estimate(both, found, {"length": 5})
+    np.testing.assert_allclose(
+        marks[0].get_segments()[0][:, 0],
+        [total.low, total.high],
+        rtol=1e-5,  # type: ignore[arg-type]
+    )
+    assert len(marks) == 1
     assert is_outside(shown["decomposition"])
 
 

@@ -226,3 +226,18 @@ def test_run_folder_reads_its_files(tmp_path: Path) -> None:
     (run.path / "steps.jsonl").write_text("3\n")
     with pytest.raises(RecordError, match="line 1: is not a JSON object"):
         RunFolder(run.path).steps()
+
+
+def test_an_analysis_that_cannot_be_stored_leaves_the_run_as_it_was(tmp_path: Path) -> None:
+    run = make_run(tmp_path, {"x": np.arange(4.0)})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    arrays = {"prompt": np.arange(4), "v": np.arange(3.0)}
+    inputs = {"values": "v", "prompt": "prompt"}
+    for bad, said in (
+        (Analysis({"a": Score(float("nan"), "", 4)}, {"v": np.arange(4.0)}), "should be finite"),
+        (Analysis({"a": Score(1.0, "", 4, "higher", "mean", inputs)}, arrays), "differ in prompts"),
+        (Analysis({"a": Score(1.0, "", 4, "higher", "mean", {"values": "w"})}, arrays), "reads 'w'"),
+    ):
+        with pytest.raises(RecordError, match=said):
+            run.add("mine", 1, bad)
+        assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
