@@ -172,7 +172,7 @@ def collect(
     Args: `rolled` gives the responses by roll-in name; `manifest` is `manifest_of` the plan. A snapshot is
     light and keeps no pieces.
     """
-    pieces = _Pieces(path.with_suffix(".pieces"), manifest) if manifest.step is None else None
+    pieces = _Pieces(pieces_of(path), manifest) if manifest.step is None else None
     parts: list[Columns] = []
     total = sum(one.draws for one in rolled.values()) * plan.gold.size
     with (
@@ -198,6 +198,11 @@ def collect(
     write_evidence(path, _joined(parts), manifest)
     if pieces:
         pieces.clear()
+
+
+def pieces_of(path: Path) -> Path:
+    """Where an interrupted collection leaves what it has."""
+    return path.with_suffix(".pieces")
 
 
 class _Remembered:

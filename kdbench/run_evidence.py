@@ -55,6 +55,7 @@ class RunEvidence:
         if path.is_file():
             with suppress(RecordError):
                 if read_evidence(path).manifest == manifest:
+                    shutil.rmtree(collect.pieces_of(path), ignore_errors=True)  # of a kill at the very end
                     return path
             path.unlink()
         rolled = {
@@ -84,6 +85,7 @@ class RunEvidence:
             self._models(student, teacher),
             names=names,
             progress=self.places.progress,
+            run=self.run_id,
             **interventions.scoring(task, tokenizer, self.config.split),
         )
 
