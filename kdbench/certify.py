@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from kdbench import estimators, intervals, per_prompt, registry
+from kdbench import intervals, per_prompt, registry
 from kdbench.errors import unknown
 from kdbench.estimators import ESTIMATORS, Array
 from kdbench.evidence import COLUMNS, assemble
@@ -255,7 +255,9 @@ def estimates(
             key = (case.estimator, case.divergence, args.get("roll_in"))
             if key not in curves:
                 mine = arrays if case.divergence == "forward_kl" else _under(arrays, case.divergence)
-                curves[key] = intervals.band(_curve(case.estimator), mine, longest, args, how=how)
+                curve = intervals.curve_of(case.estimator)
+                assert curve is not None, case.estimator
+                curves[key] = intervals.band(curve, mine, longest, args, how=how)
             value, low, high = (float(one[length - 1]) for one in curves[key])
         else:
             if case.estimator == PAIRED:
@@ -277,12 +279,6 @@ def _as_student(arrays: Mapping[str, Array], side: str) -> dict[str, Array]:
     """Another roll-in's errors in the place of the student's, as if a second method had them."""
     mine = {f"student_{name}": arrays[f"{side}_{name}"] for name in ("sum", "count")}
     return {"prompt": arrays["prompt"], **mine}
-
-
-def _curve(name: str) -> Callable[..., Array]:
-    stem = name if hasattr(estimators, f"{name}_curve") else name.removesuffix("_nats")
-    curve: Callable[..., Array] = getattr(estimators, f"{stem}_curve")
-    return curve
 
 
 @cache
@@ -413,16 +409,16 @@ def certify(plan: Plan, jobs: int = 1, progress: bool = False) -> list[dict[str,
             )
             for name, number, count in chunks
         )
-    rows = []
+    rows, wanted = [], cases()
     for name in plan.worlds:
         mine = [one for (owner, *_), one in zip(chunks, tallies, strict=True) if owner == name]
-        for at, case in enumerate(cases()):
+        loops = drawn[name][wanted.index(Case("loop_rate", (), ""))] * PROMPTS
+        for at, case in enumerate(wanted):
             total = Tally()
             for one in mine:
                 total = total.joined(Tally(**one[at]))
             computed = _computed(name)[at]
             truth = drawn[name][at] if math.isnan(computed) else computed
-            loops = drawn[name][cases().index(Case("loop_rate", (), ""))] * PROMPTS
             rows.append(row(name, case, truth, total, loops))
     return rows
 

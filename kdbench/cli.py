@@ -42,9 +42,8 @@ DataRoot = Annotated[
     ),
 ]
 _RUN_HELP = "Its id or the beginning of it, its folder, or its row (the least seed, then the newest)."
-_RUNS_HELP = "The id of a run or the beginning of it, its folder, a row (its runs of all training seeds)"
-_SIDE_HELP = f"{_RUNS_HELP}."
-_RUNS_HELP += ", or a board: all its finished runs."
+_SIDE_HELP = "The id of a run or the beginning of it, its folder, or a row: its runs of all training seeds."
+_RUNS_HELP = f"{_SIDE_HELP} A board: all its finished runs."
 RunName = Annotated[str, typer.Argument(metavar="RUN", help=_RUN_HELP)]
 Jobs = Annotated[
     int | None,
@@ -417,7 +416,7 @@ def compare(
 
 @app.command()
 def collect(
-    names: Annotated[list[str], typer.Argument(metavar="RUN...", help=_RUN_HELP)],
+    names: Annotated[list[str], typer.Argument(metavar="RUN|BOARD...", help=_RUNS_HELP)],
     profile: Annotated[
         list[str], typer.Option("--profile", help="Decoding profile, repeatable: plain or minillm.")
     ] = [],  # noqa: B006

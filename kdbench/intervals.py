@@ -336,10 +336,15 @@ def estimates(
     ]
 
 
+def curve_of(name: str) -> Callable[..., Array] | None:
+    """The function of `kdbench.estimators` that gives an estimator for l = 1..length at once, if any."""
+    curve: Callable[..., Array] | None = getattr(estimators, f"{name.removesuffix('_nats')}_curve", None)
+    return curve or getattr(estimators, f"{name}_curve", None)
+
+
 def at_each(name: str, lengths: Sequence[int]) -> Callable[..., Array]:
     """f(arrays, weights, **args) -> [R, L]: an estimator at each length, from its curve where it has one."""
-    curve = getattr(estimators, f"{name.removesuffix('_nats')}_curve", None)
-    curve = curve or getattr(estimators, f"{name}_curve", None)
+    curve = curve_of(name)
     if curve is None:
         one = ESTIMATORS[name]
         return lambda arrays, weights, **args: np.stack(
