@@ -76,6 +76,23 @@ class Batch(Mapping[str, Tensor]):
             index = torch.as_tensor(index, dtype=torch.long, device=next(iter(self.values())).device)
         return Batch({name: value[index] for name, value in self.items()}, self._totals)
 
+    def of(self, role: str) -> Batch:
+        """Return the rows as one role's model reads them, with the totals kept.
+
+        The student's fields have plain names; those of another role are named `<role>.<field>`, since its
+        tokenizer may be another, and stand in place of the student's.
+
+        Raises: KeyError where the batch holds no field of that role.
+        """
+        fields = {name: value for name, value in self.items() if "." not in name}
+        if role != "student":
+            start = f"{role}."
+            own = {n.removeprefix(start): value for n, value in self.items() if n.startswith(start)}
+            if not own:
+                raise KeyError(f"the batch holds no field of the role '{role}'")
+            fields |= own
+        return Batch(fields, self._totals)
+
     def replace(self, **fields: Tensor) -> Batch:
         """Return a batch with these fields added or exchanged."""
         return Batch({**self._fields, **fields}, self._totals)
@@ -280,7 +297,9 @@ class Distiller(nn.Module):
         return {"student": Group([(n, p) for n, p in self.named_parameters() if p.requires_grad])}
 
     def prepare(self, data: Data, step: Step) -> Mapping[str, Batch] | None:
-        """Make what training needs before its first visit; `{"train": rows}` replaces the training rows."""
+        """Make what training needs before its first visit; rows that it returns replace those of "train" or
+        of an extra set.
+        """
         return None
 
     def train_step(self, batch: Batch, step: Step) -> None:
@@ -294,6 +313,10 @@ class Distiller(nn.Module):
     def predictor(self) -> nn.Module:
         """Return the model that is scored."""
         return self.student
+
+    def measures(self) -> Mapping[str, float]:
+        """Return numbers about the method's own parts, which the record keeps as scores `method/<name>`."""
+        return {}
 
     def on_eval(self, metrics: Mapping[str, float]) -> None:
         """Hear the dev scores, at the board's cadence."""

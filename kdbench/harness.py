@@ -185,6 +185,13 @@ class Trainer:
         if folder is not None:
             self.checkpoints = Checkpoints(folder / "checkpoint", identity, self.processes)
 
+    def replace_rows(self, name: str, rows: Batch) -> None:
+        """Train on these rows in place of those of "train" or of an extra set."""
+        if name == "train":
+            self.source = BatchSource(rows)
+        else:
+            self.extras[name] = BatchSource(rows)
+
     # ---- what a method sees (the `Step` protocol)
     @property
     def index(self) -> int:

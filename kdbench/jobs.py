@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdbench import registry
 from kdbench.commands import TRACKER, label_of, silence
-from kdbench.config import stage_training
+from kdbench.config import Stage, stage_training
 from kdbench.errors import UserError
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def jobs_of(runs: Iterable[Plan]) -> list[Job]:
             needs += keys
             for number, (key, stage) in enumerate(zip(keys, spec.stages, strict=True), 1):
                 if key not in stages and not plan.materials.trained(key):
-                    label = f"stage {stage.name} seed {spec.seed}"
+                    label = f"stage {stage.name}{_axes(plan, stage)} seed {stage.seed}"
                     steps = stage_training(stage).optimizer_steps
                     before = frozenset(keys[: number - 1])
                     stages[key] = Job(label, plan, role, number, steps, gives=key, needs=before)
@@ -76,9 +76,16 @@ def jobs_of(runs: Iterable[Plan]) -> list[Job]:
     return [*sorted(stages.values(), key=lambda job: -job.steps), *whole]
 
 
+def _axes(plan: Plan, stage: Stage) -> str:
+    """What a stage on the run's own task says of that task."""
+    told = ", ".join(f"{name} {value}" for name, value in plan.run.axes.items())
+    return f" ({told})" if told and stage.task is None else ""
+
+
 def preload() -> list[str]:
     """The modules that runs import, for the process that children are forked from."""
-    names = ["kdbench.runner", "transformers.models.gpt2.modeling_gpt2", "pyarrow.parquet", "pandas"]
+    names = ["kdbench.runner", "pyarrow.parquet", "pandas"]
+    names += [f"transformers.models.{one}.modeling_{one}" for one in ("gpt2", "bert", "roberta")]
     names += [f"analyses.{name}" for name in registry.names("analyses")]
     return [name for name in names if importlib.util.find_spec(name) is not None]
 

@@ -10,8 +10,7 @@ import shutil
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from kdbench.paths import PACKAGE
 from kdbench.processes import Processes
 from kdbench.rollout import evaluating
 from kdbench.run_evidence import RunEvidence
+from kdbench.selection import Selection
 from kdbench.stages import Materials, Places
 
 
@@ -38,12 +38,7 @@ def needed(run: RunConfig) -> RunConfig:
     roles = stages.needed_roles(registry.load_distiller(run.method))
     if run.evidence is not None and "teacher" not in roles:
         roles.append("teacher")
-    wanted = list(roles)
-    for role in roles:
-        while role in run.roles and (like := run.roles[role].like) is not None:
-            role = like
-            wanted.append(role)
-    return keep_roles(run, list(dict.fromkeys(wanted)))
+    return keep_roles(run, roles)
 
 
 class Plan:
@@ -69,7 +64,8 @@ class Plan:
 
     def _check_task(self) -> None:
         task = self.materials.task()
-        lacking = [name for name in self.method.needs if name not in task.fields]
+        fields = task.fields_of(self.method.head)
+        lacking = [name for name in self.method.needs if name.rpartition(".")[2] not in fields]
         if lacking:
             raise UserError(
                 f"{self.run.method}: needs {', '.join(lacking)}, which task {task.name} does not give"
@@ -152,6 +148,7 @@ class _Life:
         self.plan, self.run, self.folder, self.materials = plan, plan.run, plan.folder, plan.materials
         self.processes, self.clock = processes, Clock()
         self.trainer: Trainer | None = None
+        self.measured: dict[str, float] = {}  # the method's numbers about its own parts
 
     def run_all(self) -> record.RunRecord:
         """Go through the phases and return the record."""
@@ -203,6 +200,7 @@ class _Life:
         if self.run.training.optimizer_steps:
             self.train(distiller, teacher)
         distiller.eval()
+        self.measured = dict(distiller.measures())
         if not self.processes.is_main:
             return
         with running(self.clock), phase("evaluate", covers=True):
@@ -225,6 +223,13 @@ class _Life:
             name: self.materials.source(data.split, self.materials.task(data.task, data.task_settings))
             for name, data in self.run.extra.items()
         }
+        task = self.materials.task()
+        encoder = self.materials.encoders(task)["student"]
+        selection = Selection(
+            self.run.select,
+            self.run.analyses,
+            lambda model: self.materials.answers(model, task, "dev", encoder, dev=True),
+        )
         trainer = Trainer(
             distiller,
             source,
@@ -234,35 +239,31 @@ class _Life:
             extras=extras,
             folder=self.folder,
             identity=self.plan.id,
-            milestones=self.milestones(distiller, teacher),
+            milestones=[
+                *selection.milestones(self.run.training.optimizer_steps),
+                *self.snapshots(distiller, teacher),
+            ],
             clock=self.clock,
             track=tracker(self.run, self.plan.id, self.folder) if self.processes.is_main else None,
         )
         self.trainer = trainer
-        written = self.materials.prepared(trainer, source)
-        if written is not None:
-            trainer.source = written
+        selection.trainer = trainer
+        self.materials.prepare(trainer)
         trainer.fit(progress=self.plan.places.progress and self.processes.is_main, label=self.label())
-        if self.run.select.rule == "best":
-            trainer.load_best()
+        selection.finish()
 
     def label(self) -> str:
         """The run's name on a progress bar."""
         return f"{self.run.row} seed {self.run.seed}"
 
-    def milestones(self, distiller: Distiller, teacher: nn.Module | None) -> list[Milestone]:
-        """Return the dev scores and the snapshots of evidence, at their updates."""
-        total, select, evidence = self.run.training.optimizer_steps, self.run.select, self.run.evidence
-        found = []
-        if select.every:
-            marks = frozenset([*range(select.every, total + 1, select.every), total])
-            found.append(Milestone(marks, lambda step: self.dev_score(distiller, step)))
-        if evidence is not None and evidence.snapshots and teacher is not None and self.processes.is_main:
-            count = min(evidence.snapshots, total)
-            marks = frozenset(round(total * i / count) for i in range(1, count + 1))
-            model = teacher
-            found.append(Milestone(marks, lambda step: self.snapshot(distiller, model, step)))
-        return found
+    def snapshots(self, distiller: Distiller, teacher: nn.Module | None) -> list[Milestone]:
+        """Return when snapshots of evidence are taken."""
+        total, evidence = self.run.training.optimizer_steps, self.run.evidence
+        if evidence is None or not evidence.snapshots or teacher is None or not self.processes.is_main:
+            return []
+        count, model = min(evidence.snapshots, total), teacher
+        marks = frozenset(round(total * i / count) for i in range(1, count + 1))
+        return [Milestone(marks, lambda step: self.snapshot(distiller, model, step))]
 
     def snapshot(self, distiller: Distiller, teacher: nn.Module, step: int) -> None:
         """Collect the light evidence of the student as it is."""
@@ -275,45 +276,7 @@ class _Life:
         assert self.run.evidence is not None
         return RunEvidence(self.materials, self.run.evidence, self.folder, self.plan.id)
 
-    def dev_score(self, distiller: Distiller, step: int) -> None:
-        """Score the dev split, tell the distiller, and keep the weights where they are the best so far."""
-        trainer = self.trainer
-        assert trainer is not None
-        with phase("dev", covers=True), evaluating(distiller):
-            rows = self.outputs(
-                distiller.predictor(), "dev", [self.run.evaluation.generation_seeds[0]], ban=0
-            )
-            metrics: dict[str, float] = {}
-            for name in self.run.analyses:
-                scores: Callable[..., Mapping[str, float]] | None
-                scores = getattr(registry.load_analysis(name), "dev_scores", None)
-                metrics.update(scores(rows) if scores else {})
-        select = self.run.select
-        if select.score not in metrics:
-            raise UserError(f"select.score: no dev score '{select.score}'. Known: {', '.join(metrics)}.")
-        distiller.on_eval(metrics)
-        value = metrics[select.score] * (1 if select.direction == "higher" else -1)
-        if "value" not in trainer.best or value > trainer.best["value"]:
-            trainer.keep_best({"value": value, "step": step, "score": metrics[select.score], "n": len(rows)})
-
     # ---- evaluation
-    def outputs(
-        self, model: nn.Module, split: str, seeds: list[int], ban: int | None = None
-    ) -> list[dict[str, Any]]:
-        """Return the model's answers to a split."""
-        evaluation, task = self.run.evaluation, self.materials.task()
-        decode = evaluation.decode if ban is None else replace(evaluation.decode, no_repeat_ngram=ban)
-        return task.outputs(
-            model,
-            split,
-            self.materials.encoders(task)["student"],
-            decode,
-            seeds,
-            evaluation.batch_size,
-            evaluation.limit,
-            self.plan.places.progress,
-        )
-
     def answer(self, model: nn.Module) -> None:
         """Write the answers to every test set that has none yet."""
         task = self.materials.task()
@@ -323,7 +286,7 @@ class _Life:
         for split in sets:
             path = self.folder / "outputs" / f"{split.removeprefix('test/')}.jsonl"
             if not path.is_file():
-                rows = self.outputs(model, split, self.run.evaluation.generation_seeds)
+                rows = self.materials.answers(model, task, split, self.materials.encoders(task)["student"])
                 with record.atomic(path) as file:
                     file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
@@ -344,6 +307,8 @@ class _Life:
             )
             best = record.Score(trainer.best["score"], "", trainer.best["n"], run.select.direction)
             scores[f"dev/{run.select.score}"] = best
+        if self.measured:
+            scores |= {f"method/{name}": record.Score(v, "", 1) for name, v in self.measured.items()}
         for split, counts in materials.task().counts.items():
             told = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
             notes.append(f"{split}: {told}")
@@ -385,7 +350,7 @@ class _Life:
 
 
 def _model_name(spec: Any) -> str:
-    name = spec.model or (f"like:{spec.like}" if spec.like else f"fresh:{spec.architecture.model_type}")
+    name = spec.model or f"fresh:{spec.architecture.model_type}"
     return name if "/" not in name or not Path(name).exists() else Path(name).name
 
 

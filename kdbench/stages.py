@@ -14,7 +14,8 @@ import inspect
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,12 +27,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdbench import models, registry
 from kdbench.clock import spent
-from kdbench.config import ModelSpec, Role, RunConfig, Stage, check_settings, library_versions, stage_training
+from kdbench.config import (
+    ModelSpec,
+    RunConfig,
+    Select,
+    Stage,
+    check_settings,
+    library_versions,
+    stage_seed,
+    stage_training,
+)
 from kdbench.distiller import Batch, Distiller
 from kdbench.errors import UserError
-from kdbench.harness import BatchSource, Source, SourceData, Trainer
+from kdbench.harness import Source, SourceData, Trainer
 from kdbench.processes import Processes
+from kdbench.selection import Selection
 from kdbench.streams import stream_seed
+from kdbench.strict import to_dict
 from kdbench.task import Encoder, Task, tokenizer_hash
 
 _COSMETIC = ("name", "checkpoint_every", "log_every")
@@ -108,7 +120,7 @@ class Materials:
 
     def __init__(self, run: RunConfig, places: Places) -> None:
         self.run, self.places = run, places
-        self._shared: int | None = None
+        self._checked, self._shared = False, cast("int | None", None)
 
     # ---- data
     def task(self, name: str | None = None, settings: Mapping[str, Any] | None = None) -> Task:
@@ -121,24 +133,36 @@ class Materials:
             tasks[key] = cls(filled, self.places.data_root)
         return tasks[key]
 
+    def _name(self, task: Task) -> str:
+        """The key of a task among those that are read."""
+        return next(key for key, known in self.places.tasks.items() if known is task)
+
     def revision(self, task: Task) -> str:
         """Return the content identity of a task's data, which is read for it once."""
-        key = next(key for key, known in self.places.tasks.items() if known is task)
+        key = self._name(task)
         if key not in self.places.revisions:
             self.places.revisions[key] = task.revision
         return self.places.revisions[key]
 
+    @cached_property
+    def head(self) -> str:
+        """What the models of the run's method predict with."""
+        return registry.load_distiller(self.run.method).head
+
     def tokenizer(self, role: str) -> PreTrainedTokenizerBase:
-        """Return the tokenizer of a role's model."""
-        spec, known = self.run.roles[self._base(role)], self.places.tokenizers
-        key = digest(spec.model, spec.tokenizer, spec.revision, self.run.task, self.run.task_settings)
+        """Return the tokenizer of a role's model; one to be trained reads the text of its first stage."""
+        spec, known = self.run.roles[role], self.places.tokenizers
+        task = self._stage_task(spec.stages[0]) if spec.stages else self.task()
+        key = digest(spec.model, spec.tokenizer, spec.revision, spec.architecture is None, self._name(task))
         if key not in known:
-            known[key] = models.load_tokenizer(spec, self.task(), self.places.data_root, self.places.runs)
+            known[key] = models.load_tokenizer(
+                spec, task, self.places.data_root, self.places.runs, self.head
+            )
         return known[key]
 
-    def encoders(self, task: Task) -> dict[str, Encoder]:
-        """Return one encoder per role."""
-        return {role: task.encoder(self.tokenizer(role)) for role in self.run.roles}
+    def encoders(self, task: Task, head: str | None = None) -> dict[str, Encoder]:
+        """Return one encoder per role, for models with the head of the run's method or with another."""
+        return {role: task.encoder(self.tokenizer(role), head or self.head) for role in self.run.roles}
 
     def source(self, split: str, task: Task | None = None) -> TaskSource:
         """Return the rows of a split of a task, the run's own where none is given."""
@@ -160,22 +184,21 @@ class Materials:
         return found
 
     # ---- models
-    def _base(self, role: str) -> str:
-        """The role whose model this one starts from."""
-        while (like := self.run.roles[role].like) is not None:
-            role = like
-        return role
-
-    def shared_vocabulary(self) -> int:
-        """Return how many ids all roles share; reads no weights.
+    def shared_vocabulary(self) -> int | None:
+        """Return how many ids all roles share, None where their head lets vocabularies differ; reads no
+        weights.
 
         Raises: UserError for models that are missing, and for vocabularies that do not fit.
         """
-        if self._shared is None:
+        if not self._checked:
             self._check_positions()
-            specs = {role: self.run.roles[self._base(role)] for role in self.run.roles}
             tokenizers = {role: self.tokenizer(role) for role in self.run.roles}
-            self._shared = models.check_vocabularies(specs, tokenizers, self.places.runs)
+            one = models.HEADS[self.head].one_vocabulary
+            for role, spec in self.run.roles.items():
+                models.load_config(spec, tokenizers[role], self.places.runs, self.first_head(role))
+            if one:
+                self._shared = models.check_vocabularies(self.run.roles, tokenizers, self.places.runs)
+            self._checked = True
         return self._shared
 
     def _check_positions(self) -> None:
@@ -186,13 +209,22 @@ class Materials:
         wanted.append(run.evidence.max_new_tokens + 1 if run.evidence else 0)  # it looks past the last token
         method = registry.load_distiller(run.method)
         added = method.added_positions(check_settings(method.Config, run.settings, registry.stem(run.method)))
-        for role in run.roles:
-            tokenizer = self.tokenizer(role)
-            encoder = self.task().encoder(tokenizer)
-            longest = max(encoder.max_length, encoder.max_prompt + max(wanted)) - 1  # the last is no input
+        encoders = self.encoders(self.task())
+        for role, spec in run.roles.items():
+            longest = encoders[role].longest(max(wanted))
             longest += run.training.position_offset if trains else 0
             longest += added.get(role, 0)
-            models.check_positions(run.roles[self._base(role)], tokenizer, longest, self.places.runs)
+            tokenizer, head = self.tokenizer(role), self.first_head(role)
+            models.check_positions(spec, tokenizer, longest, self.places.runs, head)
+
+    def _heads(self, role: str) -> list[str]:
+        """The head of a role's model before each of its stages, and at the end."""
+        stages = self.run.roles[role].stages
+        return [*(registry.load_distiller(stage.method).head for stage in stages), self.head]
+
+    def first_head(self, role: str) -> str:
+        """Return the head of a role's model before its first stage."""
+        return self._heads(role)[0]
 
     def key(self, role: str) -> str:
         """Return the content identity of a role's model as the run uses it."""
@@ -201,19 +233,17 @@ class Materials:
     def _start_key(self, role: str) -> str:
         """The identity of a role's model before its own stages."""
         spec = self.run.roles[role]
-        if spec.like is not None:
-            return self.key(spec.like)
         revision = models.model_revision(spec, self.places.runs)
         fresh = spec.seed if spec.architecture is not None else None
         return digest(revision, fresh, tokenizer_hash(self.tokenizer(role)))
 
-    def _stage_key(self, before: str, stage: Stage, number: int, spec: Role) -> str:
+    def _stage_key(self, before: str, stage: Stage, number: int) -> str:
         task = self._stage_task(stage)
         others = needed_roles(registry.load_distiller(stage.method))
         code = registry.code_hash(
             registry.code_files([stage.method], [stage.task or self.run.task], stage=True)
         )
-        told = {
+        told: dict[str, Any] = {
             "method": registry.stem(stage.method),
             "settings": stage.settings,
             "number": number,
@@ -223,16 +253,18 @@ class Materials:
             "device": self.run.device.split(":")[0],
             "threads": self.run.threads,
         }
-        return digest(before, told, self.revision(task), code, dict(library_versions()), spec.seed)
+        if stage.select is not None:
+            evaluation = self.run.evaluation
+            told["select"] = [to_dict(stage.select), to_dict(evaluation.decode), evaluation.limit]
+            told["select"] += [evaluation.generation_seeds[0], evaluation.batch_size]
+        return digest(before, told, self.revision(task), code, dict(library_versions()), stage_seed(stage))
 
     def _stage_task(self, stage: Stage) -> Task:
         return self.task() if stage.task is None else self.task(stage.task, stage.task_settings)
 
     def steps(self, role: str) -> int:
         """Return the optimizer steps of the stages behind a role's model."""
-        spec = self.run.roles[role]
-        before = self.steps(spec.like) if spec.like is not None else 0
-        return before + sum(stage_training(stage).optimizer_steps for stage in spec.stages)
+        return sum(stage_training(stage).optimizer_steps for stage in self.run.roles[role].stages)
 
     def _folder(self, key: str) -> Path:
         return self.places.cache / "stages" / key
@@ -241,7 +273,7 @@ class Materials:
         """Return the content identity of a role's model after each of its own stages."""
         key, keys = self._start_key(role), []
         for number, stage in enumerate(self.run.roles[role].stages):
-            key = self._stage_key(key, stage, number, self.run.roles[role])
+            key = self._stage_key(key, stage, number)
             keys.append(key)
         return keys
 
@@ -254,19 +286,29 @@ class Materials:
 
         Args: `stages`: only so many of its stages; None: all.
         """
-        spec = self.run.roles[role]
-        if spec.like is not None:
-            model = self.model(spec.like)
-        else:
-            model = self._load(role, spec, stream_seed(spec.seed or 0, "weights"))
+        spec, heads = self.run.roles[role], self._heads(role)
+        seeds = [*map(stage_seed, spec.stages), self.run.seed]  # of the weights of a head that is new
+        seed = seeds[0] if spec.architecture is None else spec.seed or 0
+        count = len(spec.stages) if stages is None else stages
         keys = self.stage_keys(role)
-        for number, (key, stage) in enumerate(zip(keys[:stages], spec.stages[:stages], strict=True)):
-            model = self._trained(role, model, stage, key, stream_seed(spec.seed or 0, "stage", number))
-        return model
+        done = next((n for n in range(count, 0, -1) if self.trained(keys[n - 1])), 0)
+
+        def at(number: int) -> nn.Module:
+            """The model after so many stages, as the next one, or the run, needs it."""
+            stage = spec.stages[number] if number < len(spec.stages) else None
+            if not number:
+                return self._load(role, spec, stream_seed(seed, "weights"), heads[0], stage)
+            kept = ModelSpec(model=str(self._folder(keys[number - 1]) / "model"))
+            return self._load(role, kept, stream_seed(seeds[number], "weights"), heads[number], stage)
+
+        for number in range(done, count):
+            stage_stream = stream_seed(seeds[number], "stage", number)
+            self._train_once(role, at(number), spec.stages[number], keys[number], stage_stream)
+        return at(count)
 
     def saved(self, role: str, folder: Path) -> nn.Module:
         """Return the model that a run saved in `folder`, as this role. Raises: UserError where it is none."""
-        return self._load(role, ModelSpec(model=str(folder)), 0)
+        return self._load(role, ModelSpec(model=str(folder)), 0, self.head, None)
 
     def stage(self, role: str, key: str) -> nn.Module:
         """Return the model of the stage with this key where the cache has it, else the role's model as it is
@@ -274,10 +316,15 @@ class Materials:
         """
         return self.saved(role, self._folder(key) / "model") if self.trained(key) else self.model(role)
 
-    def _load(self, role: str, spec: ModelSpec, seed: int) -> nn.Module:
-        """Load a model, cut to the shared ids, that can encode a text for its soft prompt."""
+    def _load(self, role: str, spec: ModelSpec, seed: int, head: str, stage: Stage | None) -> nn.Module:
+        """Load a model as a stage, or the run, trains it: cut to the shared ids, configured for the task, and
+        able to encode a text for its soft prompt.
+        """
         tokenizer, vocab = self.tokenizer(role), self.shared_vocabulary()
-        model: Any = models.load_model(spec, tokenizer, seed, vocab=vocab, runs=self.places.runs)
+        settings = (self.task() if stage is None else self._stage_task(stage)).model_settings()
+        model: Any = models.load_model(
+            spec, tokenizer, seed, vocab=vocab, runs=self.places.runs, head=head, settings=settings
+        )
         model.to(self.run.device)
         model.kdbench_encode = lambda text: list(tokenizer(text)["input_ids"])
         model.kdbench_pad = tokenizer.pad_token_id
@@ -285,7 +332,8 @@ class Materials:
             part.warn_if_padding_and_no_attention_mask = lambda ids, mask: None
         return cast(nn.Module, model)
 
-    def _trained(self, role: str, model: nn.Module, stage: Stage, key: str, seed: int) -> nn.Module:
+    def _train_once(self, role: str, model: nn.Module, stage: Stage, key: str, seed: int) -> None:
+        """Train a stage into the cache, or wait until another process has."""
         final, work = self._folder(key), self._folder(key + ".work")
         final.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{final}.lock"):
@@ -295,7 +343,6 @@ class Materials:
                 (work / "stage.json").write_text(json.dumps(told))
                 work.rename(final)
             shutil.rmtree(final / "checkpoint", ignore_errors=True)
-        return self._load(role, ModelSpec(model=str(final / "model")), 0)
 
     def _train(self, role: str, model: nn.Module, stage: Stage, key: str, seed: int, work: Path) -> float:
         """Train a stage into `work`; return the seconds that it took, those before a kill included."""
@@ -305,14 +352,47 @@ class Materials:
         distiller = build(
             method, stage.settings, lambda r: model if r == "student" else self.model(r), seed, owner
         )
-        source = self.source(stage.split, self._stage_task(stage))
+        task = self._stage_task(stage)
+        encoders = {"student": task.encoder(self.tokenizer(role), method.head)}
+        source = TaskSource(task, stage.split, encoders)
         solo = Processes(self.run.device, training.precision, solo=True)
-        trainer = Trainer(distiller, source, training, seed, processes=solo, folder=work, identity=key)
+        selection = Selection(
+            stage.select or Select(),
+            self.run.analyses,
+            lambda model: self.answers(model, task, "dev", encoders["student"], dev=True),
+        )
+        trainer = Trainer(
+            distiller,
+            source,
+            training,
+            seed,
+            processes=solo,
+            folder=work,
+            identity=key,
+            milestones=selection.milestones(training.optimizer_steps),
+        )
+        selection.trainer = trainer
         trainer.fit(progress=self.places.progress, label=f"{role} {stage.name}")
+        selection.finish()
         models.save_student(
             cast(PreTrainedModel, distiller.predictor()), self.tokenizer(role), work / "model"
         )
         return round(sum(entry["seconds"] for entry in trainer.clock.state().values()), 1)
+
+    # ---- answers
+    def answers(
+        self, model: nn.Module, task: Task, split: str, encoder: Encoder, dev: bool = False
+    ) -> list[dict[str, Any]]:
+        """Return a model's answers to a split; for `dev`, those of one generation seed, with no n-gram banned
+        and no bar.
+        """
+        evaluation = self.run.evaluation
+        decode = replace(evaluation.decode, no_repeat_ngram=0) if dev else evaluation.decode
+        seeds = evaluation.generation_seeds[:1] if dev else evaluation.generation_seeds
+        shown = self.places.progress and not dev
+        return task.outputs(
+            model, split, encoder, decode, seeds, evaluation.batch_size, evaluation.limit, shown
+        )
 
     def stage_seconds(self) -> dict[str, float]:
         """Return how long each trained stage behind the run's models took, by name."""
@@ -325,20 +405,20 @@ class Materials:
         return found
 
     # ---- what prepare makes
-    def prepared(self, trainer: Trainer, source: Source) -> Source | None:
+    def prepare(self, trainer: Trainer) -> None:
         """Let the distiller prepare, or put back what it prepared before; cached by content.
 
-        Returns the training rows that it made instead of the task's, or None.
+        Rows that it made take the place of the trainer's training rows, or of an extra set.
         """
         distiller = trainer.distiller
         if type(distiller).prepare is Distiller.prepare:
-            return None
+            return
         final = self.places.cache / "prepared" / self._prepare_key(distiller)
         work = final.with_name(final.name + ".work")
         final.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{final}.lock"):
             if not final.is_dir():
-                sources: dict[str, Source] = {"train": source, **trainer.extras}
+                sources: dict[str, Source] = {"train": trainer.source, **trainer.extras}
                 if "dev" in self.task().splits():
                     sources["dev"] = self.source("dev")
                 data = SourceData(
@@ -346,9 +426,10 @@ class Materials:
                 )
                 before = trainer.clock.state()
                 made = trainer.prepare(data) or {}
-                if set(made) - {"train"}:
+                if foreign := set(made) - {"train", *trainer.extras}:
+                    known = ", ".join(["train", *trainer.extras])
                     raise UserError(
-                        f"{self.run.method}: prepare may return 'train' only, not {', '.join(made)}"
+                        f"{self.run.method}: prepare returned rows '{min(foreign)}'. Known: {known}."
                     )
                 shutil.rmtree(work, ignore_errors=True)
                 work.mkdir()
@@ -370,8 +451,8 @@ class Materials:
                 trainer.counters.update(told["counters"])
                 distiller.state = told["state"]
                 trainer.clock.add(told["clock"])
-        made_rows = final / "train.rows.safetensors"
-        return BatchSource(Batch.load(made_rows)) if made_rows.exists() else None
+        for path in final.glob("*.rows.safetensors"):
+            trainer.replace_rows(path.name.removesuffix(".rows.safetensors"), Batch.load(path))
 
     def _prepare_key(self, distiller: Distiller) -> str:
         """The identity of everything that `prepare` may read."""

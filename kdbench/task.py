@@ -104,6 +104,10 @@ class Encoder:
         self.eos = int(tokenizer.eos_token_id)
         self.key = f"{tokenizer_hash(tokenizer)[:16]}-{max_prompt}-{max_length}"
 
+    def longest(self, new_tokens: int) -> int:
+        """The longest sequence in tokens that a model reads, where it writes so many to a prompt."""
+        return max(self.max_length, self.max_prompt + new_tokens) - 1  # the last is no input
+
     def encode(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
         """Encodes (prompt, response) pairs without special tokens.
 
@@ -163,6 +167,7 @@ class Task:
     name: ClassVar[str] = ""
     fields: ClassVar[tuple[str, ...]] = CAUSAL_LM_FIELDS
     heads: ClassVar[tuple[str, ...]] = ("causal_lm",)
+    whole_words: Sequence[str] = ()  # words that a tokenizer trained on the task's text must know whole
 
     @dataclass
     class Settings:
@@ -232,13 +237,21 @@ class Task:
         """The split as plain text, one string per row: what a new tokenizer is trained on."""
         raise NotImplementedError
 
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The task's own tokenizer; None when the models bring theirs."""
+    def tokenizer(self, name: str = "") -> PreTrainedTokenizerBase | None:
+        """The task's own tokenizer, or that of its own with this name; None when the models bring theirs."""
         return None
 
-    def encoder(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
-        """An encoder with the task's length limits."""
+    def encoder(self, tokenizer: PreTrainedTokenizerBase, head: str = "causal_lm") -> Encoder:
+        """An encoder for models with this head, with the task's length limits."""
         return Encoder(tokenizer)
+
+    def fields_of(self, head: str) -> tuple[str, ...]:
+        """The fields of a batch for methods with this head; another role's are named `<role>.<field>`."""
+        return self.fields
+
+    def model_settings(self) -> dict[str, Any]:
+        """What the task puts into the configuration of every model, such as the number of classes."""
+        return {}
 
     def collate(self, rows: Sequence[Row], encoders: Mapping[str, Encoder]) -> Batch:
         """The rows as a Batch with `fields`; `encoders` holds one encoder per role, "student" makes
@@ -288,7 +301,7 @@ class InstructionTask(Task):
     def rules(self) -> list[Any]:
         return [self.RULES, _WITHOUT_INPUT, _WITH_INPUT, self.settings.max_prompt, self.settings.max_length]
 
-    def encoder(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    def encoder(self, tokenizer: PreTrainedTokenizerBase, head: str = "causal_lm") -> Encoder:
         return Encoder(tokenizer, self.settings.max_prompt, self.settings.max_length)
 
     def prompt(self, row: Row) -> str:

@@ -50,7 +50,7 @@ class Toy(InstructionTask):
     def load(self, split: str) -> list[Row]:
         return [{"instruction": "Count to three.", "input": "", "output": "one two three " * 5}]
 
-    def tokenizer(self) -> PreTrainedTokenizerFast | None:
+    def tokenizer(self, name: str = "") -> PreTrainedTokenizerFast | None:
         return self.own
 
 

@@ -701,5 +701,5 @@ class TinyInstruct(InstructionTask):
     def load(self, split: str) -> list[Row]:
         return records(split, self.settings)
 
-    def tokenizer(self) -> PreTrainedTokenizerFast:
+    def tokenizer(self, name: str = "") -> PreTrainedTokenizerFast:
         return build_tokenizer()
