@@ -14,6 +14,14 @@ the level that Holm's procedure gives it (simultaneous 95 %); it is tied where t
 with fewer than three training seeds is not tested, and its interval is over prompts only. Reference rows take
 no part.
 
+A board spreads an axis over its columns when a column names a value of it (`at`): a line of the table is then
+a row over all values of that axis, and each column reads the runs of its own. A column that is the mean of
+others has their mean in each resample: prompts are drawn for each test set by itself, training seeds for all
+columns together. It has a value for those training seeds only that all of them have, as has a column that
+names no value of a spread axis, which is the mean over the values that the line has. Runs of other values of
+an axis may have other test sets whose prompts bear the same numbers: on such a board prompts are the same
+only where they are also read by the same columns' scores.
+
 How far to trust it, from simulated boards of six equal rows with three seeds and 300 prompts: an interval of
 a difference covers 0 in 93.5 % of the cases when all noise is between training seeds (74 % without k), in
 over 99 % when prompts add noise as they do in practice. Some row is wrongly told from the best in under 1 %
@@ -71,7 +79,13 @@ class ColumnInfo(Protocol):
     """A column of board.toml, see `kdbench.config.Column`."""
 
     @property
+    def key(self) -> str: ...
+    @property
     def score(self) -> str: ...
+    @property
+    def at(self) -> Mapping[str, Any]: ...
+    @property
+    def mean(self) -> Sequence[str]: ...
     @property
     def title(self) -> str: ...
     @property
@@ -118,6 +132,8 @@ class BoardInfo(Protocol):
     def columns(self) -> Sequence[ColumnInfo]: ...
     @property
     def folder(self) -> Path | None: ...
+
+    def axis_values(self, size: str | None = None) -> Sequence[Mapping[str, Any]]: ...
 
 
 @dataclass(frozen=True)
@@ -175,7 +191,10 @@ def read_entries(paths: Iterable[Path], local: bool) -> tuple[list[Entry], list[
 
 def _question(board: BoardInfo, size: str) -> str:
     """Identity of all that statistics depend on besides records."""
-    columns = [[c.score, c.title, c.unit, c.direction, c.rank, c.digits] for c in board.columns]
+    columns: list[list[Any]] = [
+        [c.score, c.title, c.unit, c.direction, c.rank, c.digits, *([c.at, c.mean] if c.at or c.mean else [])]
+        for c in board.columns
+    ]
     rows = [[row.name, row.title, row.reference] for row in board.rows]
     head = [board.id, board.title, board.question, board.budgets, size]
     return hashlib.sha256(json.dumps([VERSION, RESAMPLES, head, columns, rows]).encode()).hexdigest()
@@ -192,10 +211,10 @@ def load_statistics(
     size = published_size(board) if size is None else size
     if size not in board.sizes:
         raise unknown("size", size, board.sizes, board.id)
-    hashes, question = {}, _question(board, size)
+    hashes, question, own = {}, _question(board, size), set(local)
     for path in (*published, *local):
         try:
-            hashes[str(path.resolve()) if path in local else path.name] = sha256(path)
+            hashes[str(path.resolve()) if path in own else path.name] = sha256(path)
         except OSError:
             continue  # a file that goes away while we look is no record
     try:
@@ -233,19 +252,52 @@ def report(board: BoardInfo, runs: Path | None = None, size: str | None = None) 
 
 
 # --------------------------------------------------------------------------------------------- statistics
+def spread_axes(columns: Iterable[ColumnInfo]) -> list[str]:
+    """The axes whose values stand side by side in columns, in the order in which these name them."""
+    return list(dict.fromkeys(axis for column in columns for axis in column.at))
+
+
+def _named(axes: Mapping[str, Any]) -> str:
+    return ",".join(f"{axis}={value}" for axis, value in axes.items())
+
+
+def _same(one: object, other: object) -> bool:
+    """Whether two axis values are the same: 1 is neither true nor 1.0."""
+    return type(one) is type(other) and one == other
+
+
 @dataclass
 class _Line:
-    """The runs of one line of the table: a row of the board at one value of each axis, published or local."""
+    """The runs of one line of the table: a row of the board at one value of each axis, published or local.
+
+    `axes` are those that are not spread; `parts` are the values of the spread ones by the name of their
+    combination, `done` the finished runs by combination and training seed. Without spread axes there is one
+    combination, named ''.
+    """
 
     name: str
     axes: dict[str, Any]
     local: bool
-    done: dict[int, Entry]
+    parts: dict[str, dict[str, Any]]
+    done: dict[str, dict[int, Entry]]
     failed: list[Entry]
 
+    def entries(self) -> list[Entry]:
+        """The finished runs."""
+        return [entry for runs in self.done.values() for entry in runs.values()]
 
-def _lines(entries: Sequence[Entry], warnings: list[str]) -> list[_Line]:
+    def at(self, values: Mapping[str, Any]) -> list[str]:
+        """The combinations that have these values of spread axes."""
+        return [
+            part
+            for part, mine in self.parts.items()
+            if all(axis in mine and _same(mine[axis], value) for axis, value in values.items())
+        ]
+
+
+def _lines(entries: Sequence[Entry], columns: Sequence[ColumnInfo], warnings: list[str]) -> list[_Line]:
     """The lines of the table: of each seed the newest finished run, and a failed one if it is newer still."""
+    spread = spread_axes(columns)
     published = {entry.record.run_id for entry in entries if not entry.local}
     lines: dict[tuple[str, str, bool], _Line] = {}
     finished: dict[tuple[str, int], list[str]] = {}
@@ -253,43 +305,97 @@ def _lines(entries: Sequence[Entry], warnings: list[str]) -> list[_Line]:
         record = entry.record
         if entry.local and record.run_id in published:
             continue
-        key = (record.row, json.dumps(record.axes, sort_keys=True), entry.local)
-        line = lines.setdefault(key, _Line(record.row, record.axes, entry.local, {}, []))
-        line.failed = [other for other in line.failed if other.record.seed != record.seed]
+        mine = {axis: record.axes[axis] for axis in spread if axis in record.axes}
+        axes = {axis: value for axis, value in record.axes.items() if axis not in mine}
+        key = (record.row, json.dumps(axes, sort_keys=True), entry.local)
+        line = lines.setdefault(key, _Line(record.row, axes, entry.local, {}, {}, []))
+        part = _named(mine)
+        line.parts[part] = mine
+        line.failed = [
+            other
+            for other in line.failed
+            if (other.record.seed, other.record.axes) != (record.seed, record.axes)
+        ]
         if record.status == "done":
-            line.done[record.seed] = entry
-            finished.setdefault((f"row '{_name(line)}'", record.seed), []).append(record.run_id)
+            line.done.setdefault(part, {})[record.seed] = entry
+            name = _name(record.row, {**axes, **mine}, entry.local)
+            finished.setdefault((f"row '{name}'", record.seed), []).append(record.run_id)
         else:
             line.failed.append(entry)
     for (name, seed), runs in finished.items():
         if len(runs) > 1:
             warnings.append(f"{name}, seed {seed}: has {len(runs)} runs; shown is the newest, {runs[-1]}.")
     for line in lines.values():
-        revisions = {(e.record.distiller.revision, e.record.task.revision) for e in line.done.values()}
-        if len(revisions) > 1:
-            text = f"row '{_name(line)}': its runs are of {len(revisions)} revisions of method or task."
-            warnings.append(text)
+        count = _revisions(line)
+        if count > 1:
+            name = _name(line.name, line.axes, line.local)
+            warnings.append(f"row '{name}': its runs are of {count} revisions of method or task.")
+        order = _order(line.parts, spread, columns)
+        line.parts = {part: line.parts[part] for part in order}
+        line.done = {part: line.done[part] for part in order if part in line.done}
     return [lines[key] for key in sorted(lines)]
 
 
-def _name(line: _Line) -> str:
-    parts = [f"{key}={value}" for key, value in line.axes.items()] + ["local"] * line.local
-    return line.name + (f" ({', '.join(parts)})" if parts else "")
+def _order(
+    parts: Mapping[str, Mapping[str, Any]], spread: Sequence[str], columns: Sequence[ColumnInfo]
+) -> list[str]:
+    """The combinations in the order of the columns, those of no column last."""
+    known = {axis: [c.at[axis] for c in columns if axis in c.at] for axis in spread}
+
+    def place(part: str) -> tuple[list[int], str]:
+        values = parts[part]
+        found = [
+            next((i for i, one in enumerate(known[axis]) if _same(one, values.get(axis))), len(columns))
+            for axis in spread
+        ]
+        return found, part
+
+    return sorted(parts, key=place)
+
+
+def _revisions(line: _Line) -> int:
+    """How many revisions of method and task there are among runs of one task with the same settings, or of
+    the method alone among runs of one task.
+    """
+    alike: dict[str, set[tuple[str, ...]]] = {}
+    for entry in line.entries():
+        record = entry.record
+        settings = json.dumps(record.config.get("task_settings"), sort_keys=True)
+        pair = (record.distiller.revision, record.task.revision)
+        alike.setdefault(record.task.name, set()).add(pair[:1])
+        alike.setdefault(f"{record.task.name} {settings}", set()).add(pair)
+    return max(map(len, alike.values()), default=0)
+
+
+def _name(row: str, axes: Mapping[str, Any], local: bool) -> str:
+    parts = [f"{key}={value}" for key, value in axes.items()] + ["local"] * local
+    return row + (f" ({', '.join(parts)})" if parts else "")
 
 
 @dataclass
 class _Cell:
-    """One line's values of one column by training seed, and their resamples [R] where prompts are known."""
+    """One line's values of one column by training seed, and their resamples [R] where prompts are known.
 
+    It is made of one score at one combination of spread axes, or is the mean of several; `prompts` (identity
+    of prompts and task, by training seed) and `conditions` (what the evidence was made under, {} where not
+    known) are told for each. `lacking`: some have prompts, and some of them not.
+    """
+
+    parts: list[str]  # the combinations
     values: dict[int, float]
-    runs: dict[int, str]
-    prompts: str  # identity of prompts and task; '' where the score has no prompts
     samples: "dict[int, Array]"
-    conditions: dict[str, Any]  # what the evidence behind it was made under; {} where not known
+    prompts: dict[tuple[str, str], dict[int, str]]
+    conditions: dict[tuple[str, str], dict[str, Any]]
+    lacking: bool = False
 
 
-def _inputs(score: Score, arrays: "Mapping[str, Array]", where: Path) -> "tuple[dict[str, Array], str]":
-    """(the estimator's inputs in order of stratum and prompt, identity of those prompts)."""
+def _inputs(
+    score: Score, arrays: "Mapping[str, Array]", where: Path, readers: Sequence[str]
+) -> "tuple[dict[str, Array], str]":
+    """(the estimator's inputs in order of stratum and prompt, identity of those prompts).
+
+    `readers`: the names of scores that tell prompts from others with the same numbers.
+    """
     import numpy as np
 
     try:
@@ -308,7 +414,7 @@ def _inputs(score: Score, arrays: "Mapping[str, Array]", where: Path) -> "tuple[
         stratum = stratum[order]
     inputs["stratum"] = stratum
     text = np.stack([stratum, inputs["prompt"]]).astype("<i8").tobytes()
-    return inputs, hashlib.sha256(text).hexdigest()
+    return inputs, hashlib.sha256(text + "\n".join(readers).encode()).hexdigest()
 
 
 def _prompt_weights(stratum: "Array", identity: str, chunk: int) -> "Array":
@@ -332,6 +438,9 @@ def seed_weights(seeds: tuple[int, ...]) -> "Array":
     return intervals.seed_weights(seeds, RESAMPLES)
 
 
+_Job = tuple[Score, "dict[str, Array]", "Array"]  # a score, its inputs, and where its resamples go [R]
+
+
 def _cells(
     lines: Sequence[_Line], columns: Sequence[ColumnInfo], warnings: list[str]
 ) -> list[dict[str, _Cell]]:
@@ -341,21 +450,24 @@ def _cells(
     from kdbench import counterfactuals  # noqa: F401  it adds estimators
     from kdbench.estimators import ESTIMATORS
 
-    cells: list[dict[str, _Cell]] = []
-    jobs: dict[str, list[tuple[Score, dict[str, Array], Array]]] = {}
+    scores = list(dict.fromkeys(column.score for column in columns if not column.mean))
+    spread = bool(spread_axes(columns))
+    found: list[dict[tuple[str, str], _Cell]] = []
+    jobs: dict[str, list[_Job]] = {}
     strata: dict[str, Array] = {}
     for line in lines:
-        mine: dict[str, _Cell] = {}
-        for seed, entry in sorted(line.done.items()):
-            record, loaded = entry.record, None
-            for column in columns:
-                value = record.value(column.score)
+        mine: dict[tuple[str, str], _Cell] = {}
+        for part, entry in ((part, runs[seed]) for part, runs in line.done.items() for seed in sorted(runs)):
+            record, seed, loaded = entry.record, entry.record.seed, None
+            for name in scores:
+                value = record.value(name)
                 if value is None:
                     continue
-                cell = mine.setdefault(column.score, _Cell({}, {}, "", {}, {}))
-                cell.conditions.update(record.conditions(column.score))
-                cell.values[seed], cell.runs[seed] = value, record.run_id
-                score = record.scores.get(column.score)
+                key = (name, part)
+                cell = mine.setdefault(key, _Cell([part], {}, {}, {key: {}}, {key: {}}))
+                cell.conditions[key].update(record.conditions(name))
+                cell.values[seed] = value
+                score = record.scores.get(name)
                 if score is None or score.estimator is None:
                     continue
                 try:
@@ -363,7 +475,8 @@ def _cells(
                         raise RecordError(f"{entry.path}: no estimator '{score.estimator}'.")
                     if loaded is None:
                         loaded = load_arrays(entry.arrays_path, record.arrays_sha256)
-                    inputs, identity = _inputs(score, loaded, entry.arrays_path)
+                    readers = _readers(record, score, scores) if spread else []
+                    inputs, identity = _inputs(score, loaded, entry.arrays_path, readers)
                 except RecordError as error:
                     warning = f"no interval: {error}"
                     warnings += [] if warning in warnings else [warning]
@@ -372,16 +485,91 @@ def _cells(
                 strata[identity] = inputs["stratum"]
                 jobs.setdefault(identity, []).append((score, inputs, samples))
                 cell.samples[seed] = samples
-                cell.prompts = f"{identity}/{record.task.name}/{record.task.revision}"
-        cells.append(mine)
+                cell.prompts[key][seed] = f"{identity}/{record.task.name}/{record.task.revision}"
+        for cell in mine.values():
+            cell.lacking = bool(cell.samples) and len(cell.samples) < len(cell.values)
+        found.append(mine)
     for identity, group in jobs.items():
         for chunk in range(math.ceil(RESAMPLES / _CHUNK)):
             weights = _prompt_weights(strata[identity], identity, chunk)
             rows = slice(chunk * _CHUNK, min((chunk + 1) * _CHUNK, RESAMPLES))
-            for score, inputs, samples in group:
-                drawn = ESTIMATORS[str(score.estimator)](inputs, weights, **score.args)
-                samples[rows] = drawn[: rows.stop - rows.start]
+            _resample(group, weights, rows, together=spread)
+    return [_of_columns(line, mine, columns) for line, mine in zip(lines, found, strict=True)]
+
+
+def _readers(record: RunRecord, score: Score, names: Sequence[str]) -> list[str]:
+    """Those of the names that are scores of the record on the prompts of `score`, sorted."""
+    prompts = score.arrays.get("prompt")
+    found = {name: record.scores[name].arrays.get("prompt") for name in names if name in record.scores}
+    return sorted(name for name, array in found.items() if array == prompts)
+
+
+def _resample(jobs: Sequence[_Job], weights: "Array", rows: slice, together: bool) -> None:
+    """Computes each score on the drawn prompts, into `rows` of its resamples.
+
+    `together`: means of many runs are one product, many times faster and equal but for the rounding; boards
+    of before keep theirs to the last digit.
+    """
+    import numpy as np
+
+    from kdbench.estimators import ESTIMATORS
+
+    means: dict[int | None, list[_Job]] = {}
+    for job in jobs:
+        score, inputs, samples = job
+        if together and score.estimator in ("mean", "stratum_mean"):
+            means.setdefault(score.args.get("stratum"), []).append(job)
+            continue
+        drawn = ESTIMATORS[str(score.estimator)](inputs, weights, **score.args)
+        samples[rows] = drawn[: rows.stop - rows.start]
+    for stratum, group in means.items():
+        inside = slice(None) if stratum is None else group[0][1]["stratum"] == stratum
+        shares = weights[:, inside]
+        values = np.stack([inputs["values"][inside] for _, inputs, _ in group], axis=1)
+        with np.errstate(invalid="ignore"):  # a set without prompts has no mean
+            drawn = (shares @ values.astype(weights.dtype)) / shares.sum(axis=1, keepdims=True)
+        for (_, _, samples), column in zip(group, drawn.T, strict=True):
+            samples[rows] = column[: rows.stop - rows.start]
+
+
+def _of_columns(
+    line: _Line, found: Mapping[tuple[str, str], _Cell], columns: Sequence[ColumnInfo]
+) -> dict[str, _Cell]:
+    """The cells of a line's columns, by key, from those of its scores at each combination."""
+    cells: dict[str, _Cell] = {}
+    for column in columns:
+        if not column.mean:
+            keys = [(column.score, part) for part in line.at(column.at)]
+            parts = [found[key] for key in keys if key in found]
+            if parts and (cell := _mean_of(parts)) is not None:
+                cells[column.key] = cell
+    titles = {column.title: column.key for column in columns}
+    for column in columns:
+        if column.mean and all(titles[title] in cells for title in column.mean):
+            cell = _mean_of([cells[titles[title]] for title in column.mean])
+            if cell is not None:
+                cells[column.key] = cell
     return cells
+
+
+def _mean_of(cells: Sequence[_Cell]) -> _Cell | None:
+    """The mean of cells, for the training seeds that all of them have; None where there are none."""
+    import numpy as np
+
+    if len(cells) == 1:
+        return cells[0]
+    seeds = sorted(set.intersection(*(set(cell.values) for cell in cells)))
+    if not seeds:
+        return None
+    drawn = [seed for seed in seeds if all(seed in cell.samples for cell in cells)]
+    return _Cell(
+        parts=list(dict.fromkeys(part for cell in cells for part in cell.parts)),
+        values={seed: float(np.mean([cell.values[seed] for cell in cells])) for seed in seeds},
+        samples={seed: np.mean([cell.samples[seed] for cell in cells], axis=0) for seed in drawn},
+        prompts={key: value for cell in cells for key, value in cell.prompts.items()},
+        conditions={key: value for cell in cells for key, value in cell.conditions.items()},
+        lacking=any(cell.samples for cell in cells) and len(drawn) < len(seeds),
+    )
 
 
 def _mean_samples(cell: _Cell) -> "Array | None":
@@ -389,7 +577,7 @@ def _mean_samples(cell: _Cell) -> "Array | None":
     import numpy as np
 
     seeds = tuple(sorted(cell.values))
-    if cell.samples and set(cell.samples) != set(seeds):
+    if cell.lacking:
         return None
     if not cell.samples and len(seeds) < MIN_SEEDS:
         return None
@@ -452,17 +640,10 @@ def _compare(column: ColumnInfo, cells: "Sequence[tuple[_Cell, dict[str, Any], A
     for cell, out, samples in ready:
         if out is best:
             continue
-        if cell.prompts != best_cell.prompts:
-            out["test"] = "not tested: other prompts or task revision than the best row"
+        other = _other(cell, best_cell)
+        if other:
+            out["test"] = f"not tested: {other}"
             continue
-        if cell.conditions and best_cell.conditions:
-            from kdbench.evidence import require_same_conditions
-
-            try:
-                require_same_conditions(best_cell.conditions, cell.conditions, ("the best row", "this"))
-            except RecordError as error:
-                out["test"] = f"not tested: {error}"
-                continue
         drawn = samples - best_samples
         tail = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
         others.append(out)
@@ -477,13 +658,38 @@ def _compare(column: ColumnInfo, cells: "Sequence[tuple[_Cell, dict[str, Any], A
         out["difference"] = {"value": value, "interval": interval, "p": p, "p_holm": p_holm, "tied": tied}
 
 
+def _other(cell: _Cell, best: _Cell) -> str:
+    """What keeps a cell from being compared with the best one, '' where nothing does."""
+    if cell.prompts.keys() != best.prompts.keys():
+        return "mean over other values of the spread axes than the best row"
+    for key, mine in cell.prompts.items():
+        theirs = best.prompts[key]
+        common = mine.keys() & theirs.keys()
+        same = all(mine[seed] == theirs[seed] for seed in common)
+        if not same or (not common and set(mine.values()) != set(theirs.values())):
+            return "other prompts or task revision than the best row"
+    for key, conditions in cell.conditions.items():
+        if conditions and best.conditions[key]:
+            from kdbench.evidence import require_same_conditions
+
+            try:
+                require_same_conditions(best.conditions[key], conditions, ("the best row", "this"))
+            except RecordError as error:
+                return str(error)
+    return ""
+
+
 def statistics(board: BoardInfo, entries: Sequence[Entry], size: str | None = None) -> Statistics:
     """All numbers of one board's table as a JSON-able object, for runs of one size (default: published).
 
     `rows`: in the order of the table, each with `name`, `title`, `axes`, `local`, `reference`, `runs` (seed
-    -> run id), `failed` (run id, seed, status, reason) and `cells` (score -> `value`: mean over training
-    seeds, `interval`: 95 % or null, `interval_over`, `seeds`: value by seed, `best`, `test`, `difference` to
-    the best).
+    -> run id), `failed` (run id, seed, status, reason) and `cells` (the column's key -> `value`: mean over
+    training seeds, `interval`: 95 % or null, `interval_over`, `seeds`: value by seed, `best`, `test`,
+    `difference` to the best).
+
+    On a board that spreads axes, which `spread` then names, `runs` has one such table for each combination of
+    their values, for example `dataset=sst2`; `over` of a cell lists the combinations behind it, and `axes` of
+    a failed run are its values.
     """
     import numpy as np
 
@@ -493,25 +699,25 @@ def statistics(board: BoardInfo, entries: Sequence[Entry], size: str | None = No
         if entry.record.board != board.id:
             warnings.append(f"left out: {entry.path}: is a run of {entry.record.board}, not of {board.id}.")
     used = [entry for entry in entries if entry.record.board == board.id and entry.record.size == size]
-    lines = _lines(used, warnings)
+    lines, spread = _lines(used, board.columns, warnings), spread_axes(board.columns)
     known = {row.name: row for row in board.rows}
     cells = _cells(lines, board.columns, warnings)
     rows: list[dict[str, Any]] = []
     compared: dict[tuple[str, str], list[tuple[_Cell, dict[str, Any], Array | None]]] = {}
     for line, mine in zip(lines, cells, strict=True):
-        example = next(iter(line.done.values()), None) or line.failed[0]
+        example = next(iter(line.entries()), None) or line.failed[0]
         info = known.get(line.name)
         reference = bool(example.record.config.get("reference")) if info is None else info.reference
         title = (info.title if info else str(example.record.config.get("title") or "")) or line.name
         out: dict[str, dict[str, Any]] = {}
         for column in board.columns:
-            cell = mine.get(column.score)
+            cell = mine.get(column.key)
             if cell is None:
                 continue
             samples = _mean_samples(cell)
             finite = samples is not None and bool(np.isfinite(samples).all())
             over = ["training seeds"] * (len(cell.values) >= MIN_SEEDS) + ["prompts"] * bool(cell.samples)
-            out[column.score] = {
+            out[column.key] = {
                 "value": float(np.mean(list(cell.values.values()))),
                 "interval": _interval(samples) if samples is not None and finite else None,
                 "interval_over": over if finite else [],
@@ -519,10 +725,15 @@ def statistics(board: BoardInfo, entries: Sequence[Entry], size: str | None = No
                 "best": False,
                 "test": "",
                 "difference": None,
+                **({"over": cell.parts} if spread else {}),
             }
-            if column.direction != "none" and cell.samples and not reference:
-                group = (column.score, json.dumps(line.axes, sort_keys=True))
-                compared.setdefault(group, []).append((cell, out[column.score], samples))
+            if column.direction != "none" and (cell.samples or cell.lacking) and not reference:
+                group = (column.key, json.dumps(line.axes, sort_keys=True))
+                compared.setdefault(group, []).append((cell, out[column.key], samples))
+        runs = {
+            part: {str(seed): entry.record.run_id for seed, entry in sorted(done.items())}
+            for part, done in line.done.items()
+        }
         rows.append(
             {
                 "name": line.name,
@@ -530,17 +741,18 @@ def statistics(board: BoardInfo, entries: Sequence[Entry], size: str | None = No
                 "axes": line.axes,
                 "local": line.local,
                 "reference": reference,
-                "runs": {str(seed): entry.record.run_id for seed, entry in sorted(line.done.items())},
+                "runs": runs if spread else runs.get("", {}),
                 "failed": [
                     {key: getattr(entry.record, key) for key in ("run_id", "seed", "status", "reason")}
+                    | ({"axes": {axis: entry.record.axes.get(axis) for axis in spread}} if spread else {})
                     for entry in sorted(line.failed, key=lambda e: (e.record.seed, e.record.run_id))
                 ],
                 "cells": out,
             }
         )
-    titles = {column.score: column for column in board.columns}
-    for (score, _), group_cells in compared.items():
-        _compare(titles[score], group_cells)
+    keys = {column.key: column for column in board.columns}
+    for (key, _), group_cells in compared.items():
+        _compare(keys[key], group_cells)
     return {
         "version": VERSION,
         "board": board.id,
@@ -550,14 +762,20 @@ def statistics(board: BoardInfo, entries: Sequence[Entry], size: str | None = No
         "size": size,
         "resamples": RESAMPLES,
         "question_sha256": _question(board, size),
-        "columns": [
-            {key: getattr(column, key) for key in ("score", "title", "unit", "direction", "rank", "digits")}
-            for column in board.columns
-        ],
+        **({"spread": spread} if spread else {}),
+        "columns": [_column(column) for column in board.columns],
         "rows": _ordered(rows, board),
         "records": {entry.record.run_id: {"sha256": entry.sha256, "local": entry.local} for entry in used},
         "warnings": warnings,
     }
+
+
+def _column(column: ColumnInfo) -> dict[str, Any]:
+    names = ("score", "title", "unit", "direction", "rank", "digits")
+    told: dict[str, Any] = {name: getattr(column, name) for name in names}
+    if column.at or column.mean:
+        told |= {"key": column.key, "at": dict(column.at), "mean": list(column.mean)}
+    return told
 
 
 def _ordered(rows: list[dict[str, Any]], board: BoardInfo) -> list[dict[str, Any]]:
@@ -566,7 +784,7 @@ def _ordered(rows: list[dict[str, Any]], board: BoardInfo) -> list[dict[str, Any
     rank = next((column for column in board.columns if column.rank), None)
 
     def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-        cell = row["cells"].get(rank.score) if rank is not None else None
+        cell = row["cells"].get(rank.key) if rank is not None else None
         sign = -1 if rank is not None and rank.direction == "higher" else 1
         value = math.inf if cell is None else sign * cell["value"]
         axes = json.dumps(row["axes"], sort_keys=True)
@@ -633,11 +851,18 @@ def _label(row: Mapping[str, Any]) -> str:
     return f"{row['title']}" + (f" · {axes}" if axes else "") + (f" ({notes})" if notes else "")
 
 
+def _runs(row: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Run ids by combination of spread axes ('' where none is spread) and seed."""
+    runs: dict[str, Any] = row["runs"]
+    return runs if any(isinstance(one, dict) for one in runs.values()) else {"": runs} if runs else {}
+
+
 def _seeds(row: Mapping[str, Any]) -> str:
     counts: dict[str, int] = {}
     for run in row["failed"]:
         counts[run["status"]] = counts.get(run["status"], 0) + 1
-    parts = [str(len(row["runs"]))] if row["runs"] else []
+    numbers = sorted({len(runs) for runs in _runs(row).values()})
+    parts = ["–".join(map(str, numbers if len(numbers) < 2 else (numbers[0], numbers[-1])))] * bool(numbers)
     return ", ".join(parts + [f"{count} {status}" for status, count in counts.items()])
 
 
@@ -646,8 +871,12 @@ def _spread(cell: Mapping[str, Any], column: Mapping[str, Any]) -> list[float] |
     return cell["interval"] if column["direction"] != "none" and "prompts" in cell["interval_over"] else None
 
 
+def _key(column: Mapping[str, Any]) -> str:
+    return str(column.get("key", column["score"]))
+
+
 def _cell(row: Mapping[str, Any], column: Mapping[str, Any]) -> str:
-    cell = row["cells"].get(column["score"])
+    cell = row["cells"].get(_key(column))
     if cell is None:
         return "–"
     text = _number(cell["value"], column)
@@ -679,10 +908,26 @@ def _blocks(headers: list[list[str]], body: list[list[str]]) -> list[str]:
     return lines
 
 
+def _means(statistics: Statistics) -> list[str]:
+    """What columns are the mean of."""
+    columns, axes = statistics["columns"], statistics.get("spread", [])
+    lines = [f"{c['title']}: mean of {', '.join(c['mean'])}." for c in columns if c.get("mean")]
+    over: dict[str, list[str]] = {}
+    for column in columns:
+        left = [axis for axis in axes if axis not in column.get("at", {})]
+        if left and not column.get("mean"):
+            over.setdefault(" and ".join(left), []).append(column["title"])
+    for said, titles in over.items():
+        lines.append(f"{', '.join(titles)}: mean over the values of {said} that a row has.")
+    if lines:
+        lines.append("A mean is over those training seeds that have all its parts; – where there is none.")
+    return lines
+
+
 def _legend(statistics: Statistics) -> list[str]:
     marks = {_mark(cell) for row in statistics["rows"] for cell in row["cells"].values()}
     ranked = [column["title"] for column in statistics["columns"] if column["rank"]]
-    lines = []
+    lines = _means(statistics)
     if ranked:
         lines.append(
             f"Ordered by {ranked[0]}. Values are means over training seeds; ± is half a 95 % interval."
@@ -706,13 +951,20 @@ def _footer(statistics: Statistics) -> list[str]:
     lines = []
     for row in statistics["rows"]:
         for run in row["failed"]:
-            lines.append(
-                f"{_label(row)}: seed {run['seed']} {run['status']}: {run['reason']} (run {run['run_id']})"
-            )
+            name = _label({**row, "axes": {**row["axes"], **run.get("axes", {})}})
+            lines.append(f"{name}: seed {run['seed']} {run['status']}: {run['reason']} (run {run['run_id']})")
+    axes = statistics.get("spread", [])
     for row in statistics["rows"]:
-        runs = ", ".join(f"{seed}: {run}" for seed, run in row["runs"].items())
-        if runs:
-            lines.append(f"{_label(row)}: runs by seed {runs}")
+        groups = {
+            part: ", ".join(f"{seed}: {run}" for seed, run in runs.items())
+            for part, runs in _runs(row).items()
+        }
+        if axes and groups:
+            short = f"{axes[0]}=" if len(axes) == 1 else ""
+            told = "; ".join(f"{part.removeprefix(short)} ({ids})" for part, ids in groups.items())
+            lines.append(f"{_label(row)}: runs by {', '.join(axes)} and seed {told}")
+        elif groups:
+            lines.append(f"{_label(row)}: runs by seed {groups['']}")
     return lines
 
 
@@ -745,7 +997,7 @@ def _markdown(statistics: Statistics) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
     def text(row: Mapping[str, Any], column: Mapping[str, Any]) -> str:
-        cell = row["cells"].get(column["score"])
+        cell = row["cells"].get(_key(column))
         if cell is None:
             return "–"
         out = _number(cell["value"], column)
@@ -791,17 +1043,12 @@ def _csv(statistics: Statistics) -> str:
             "reference": row["reference"],
         }
         head["axes"] = " ".join(f"{key}={value}" for key, value in row["axes"].items())
+        ids = _runs(row)
         for column in statistics["columns"]:
-            cell = row["cells"].get(column["score"])
+            cell = row["cells"].get(_key(column))
             if cell is None:
                 continue
-            line = {
-                **head,
-                **{
-                    name: column[key]
-                    for name, key in (("column", "title"), ("score", "score"), ("unit", "unit"))
-                },
-            }
+            line = {**head, "column": column["title"], "score": _key(column), "unit": column["unit"]}
             low, high = cell["interval"] or ("", "")
             line |= {
                 "value": cell["value"],
@@ -815,10 +1062,13 @@ def _csv(statistics: Statistics) -> str:
                 low, high = found["interval"]
                 line |= {"difference": found["value"], "difference_low": low, "difference_high": high}
                 line |= {"p": found["p"], "p_holm": found["p_holm"]}
-            runs = " ".join(f"{seed}:{row['runs'][seed]}" for seed in cell["seeds"])
+            behind = [(seed, ids[part][seed]) for part in cell.get("over", [""]) for seed in cell["seeds"]]
+            runs = " ".join(f"{seed}:{run}" for seed, run in behind)
             writer.writerow({**line, "runs": runs, "status": "done"})
         for run in row["failed"]:
             one = {"runs": f"{run['seed']}:{run['run_id']}", "status": run["status"], "reason": run["reason"]}
+            if "axes" in run:
+                one["axes"] = " ".join(f"{k}={value}" for k, value in (row["axes"] | run["axes"]).items())
             writer.writerow({**head, **one})
     return out.getvalue()
 
@@ -841,6 +1091,10 @@ def _check_publishable(folder: Path, board: BoardInfo) -> tuple[RunRecord, list[
         raise UserError(f"{where}: seed {record.seed} is not one of the board's seeds ({seeds}).")
     if record.row not in {row.name for row in board.rows}:
         raise unknown("row", record.row, [row.name for row in board.rows], str(where))
+    if record.axes not in board.axis_values(record.size):
+        known = [", ".join(f"{axis}={one[axis]}" for axis in one) for one in board.axis_values(record.size)]
+        given = ", ".join(f"{axis}={value}" for axis, value in record.axes.items())
+        raise unknown("axis values", given, known, str(where))
     for analysis in board.analyses:
         if analysis not in record.analyses:
             raise UserError(f"{where}: has no scores of {analysis}; run `kdbench analyze` first.")
@@ -852,6 +1106,10 @@ def _check_publishable(folder: Path, board: BoardInfo) -> tuple[RunRecord, list[
     if not record.environment.get("commit"):
         warnings.append(f"{where}: does not say which commit it was run from.")
     return record, warnings
+
+
+def _place(record: RunRecord) -> tuple[str, str, int]:
+    return record.row, json.dumps(record.axes, sort_keys=True), record.seed
 
 
 def _keep_columns(record: RunRecord, arrays: "Mapping[str, Array]", columns: set[str]) -> "dict[str, Array]":
@@ -870,8 +1128,8 @@ def publish(folders: Sequence[Path], board: BoardInfo, replace: bool = False) ->
 
     Of the arrays only those that the board's columns read are copied; a score that read others keeps its
     value.
-    Returns warnings. All folders are checked before anything is copied. A run of a row and seed that the
-    board has from another run is refused unless `replace`, which removes the other.
+    Returns warnings. All folders are checked before anything is copied. A run of a row, axis values and seed
+    that the board has from another run is refused unless `replace`, which removes the other.
 
     Raises: UserError or RecordError that names the file and what is wrong.
     """
@@ -879,22 +1137,27 @@ def publish(folders: Sequence[Path], board: BoardInfo, replace: bool = False) ->
         raise UserError(f"{board.id}: has no folder to publish into.")
     target, warnings = board.folder / "records", []
     have, _ = read_entries(published_records(board), local=False)
-    taken = {(e.record.row, json.dumps(e.record.axes, sort_keys=True), e.record.seed): e for e in have}
+    taken = {_place(e.record): e for e in have}
     accepted, obsolete = [], []
+    given: dict[tuple[str, str, int], Path] = {}
     for folder in folders:
         record, more = _check_publishable(folder, board)
         warnings += more
-        key = (record.row, json.dumps(record.axes, sort_keys=True), record.seed)
+        key = _place(record)
+        if key in given:
+            raise UserError(f"{folder}: is of the row, axis values and seed of {given[key]}; publish one.")
+        given[key] = folder
         other = taken.get(key)
         if other is not None and other.record.run_id != record.run_id:
             if not replace:
+                at = "".join(f", {axis} {value}" for axis, value in record.axes.items())
                 raise UserError(
-                    f"{folder}: {board.id} has run {other.record.run_id} for row '{record.row}' and seed "
+                    f"{folder}: {board.id} has run {other.record.run_id} for row '{record.row}'{at} and seed "
                     f"{record.seed}; printed numbers stay unless they are replaced explicitly."
                 )
             obsolete.append(other)
         accepted.append((folder, record))
-    columns = {column.score for column in board.columns}
+    columns = {column.score for column in board.columns if not column.mean}
     for folder, record in accepted:
         if record.arrays_sha256 is not None:
             arrays = _keep_columns(record, load_arrays(folder / "scores.npz", record.arrays_sha256), columns)

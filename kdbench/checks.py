@@ -30,7 +30,16 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    RobertaConfig,
+)
 from transformers.utils import logging
 
 from kdbench import registry, stages
@@ -71,20 +80,24 @@ class ProcessFailed(RuntimeError):
 # ------------------------------------------------------------------------ models and rows by head
 @dataclass(frozen=True)
 class Head:
-    """Tiny models and rows for methods of one `head`."""
+    """Tiny models and rows for methods of one `head`.
 
-    model: Callable[[int, int], nn.Module]  # (seed, width): random weights, a configuration with dropout
-    rows: Callable[[], Batch]
-    extras: Callable[[], dict[str, Batch]]  # rows of the extra sets that a board may have
+    `target` gives the position of a row (a batch of one) at which the loss must read the model, or None;
+    `watched` the module whose output there it must depend on.
+    """
+
+    model: Callable[[str, int, bool], nn.Module]  # (role, seed, student's tokenizer); dropout in its config
+    sets: Callable[[Sequence[str], bool], dict[str, Batch]]  # rows for these roles: train, dev, extra sets
     padded: Callable[[Batch, int], Batch]  # the same rows, padded by a seed's choice of width and ids
     reload: Callable[[Path], nn.Module]
-    probe: Callable[[nn.Module], Tensor]  # outputs of a model on fixed inputs
+    watched: Callable[[Any], nn.Module]
+    target: Callable[[Batch], int | None]
 
 
 VOCAB, EOS = 50, 0  # zero is what batches are padded with, so that padding looks like the end of a sequence
 
 
-def _gpt2(seed: int, width: int) -> nn.Module:
+def _gpt2(role: str, seed: int, shared: bool) -> nn.Module:
     """Two layers whose weights are spread so wide that no gradient is small by chance."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -92,7 +105,7 @@ def _gpt2(seed: int, width: int) -> nn.Module:
             vocab_size=VOCAB,
             n_layer=2,
             n_head=2,
-            n_embd=width,
+            n_embd=16 if role == "student" else 24,
             n_positions=256,
             eos_token_id=EOS,
             bos_token_id=EOS,
@@ -126,36 +139,208 @@ def _text_rows(count: int, first: int, prompt: tuple[int, int], response: tuple[
     )
 
 
+def _text_sets(roles: Sequence[str], shared: bool) -> dict[str, Batch]:
+    train = _text_rows(24, 100, prompt=(1, 7), response=(1, 9))
+    return {
+        "train": train,
+        "dev": train,
+        "lm": _text_rows(12, 900, prompt=(1, 2), response=(4, 10)),
+        "unlabeled": _text_rows(18, 500, prompt=(1, 7), response=(1, 9)),
+    }
+
+
 def _other_padding(batch: Batch, seed: int) -> Batch:
     """Widen every field by three columns; random ids stand where no text is."""
     if "input_ids" not in batch:
         return batch
-    wide = {}
-    for name, value in batch.items():
-        if value.dim() > 1:
-            value = torch.cat([value, value.new_zeros((value.shape[0], 3, *value.shape[2:]))], dim=1)
-        wide[name] = value
+    wide = {name: _wider(value) if value.dim() > 1 else value for name, value in batch.items()}
     draw = torch.Generator().manual_seed(seed)
     noise = torch.randint(1, VOCAB, wide["input_ids"].shape, generator=draw)
     beyond = torch.arange(noise.shape[1]) >= batch["length"][:, None]
     return batch.replace(**{**wide, "input_ids": torch.where(beyond, noise, wide["input_ids"])})
 
 
+def _wider(value: Tensor) -> Tensor:
+    return torch.cat([value, value.new_zeros((value.shape[0], 3, *value.shape[2:]))], dim=1)
+
+
+def _last_predicting(row: Batch) -> int | None:
+    """The place that predicts the last token: what stands there is read by no other target's prediction."""
+    last = int(row["length"][0]) - 2
+    return None if last + 1 < int(row["prompt_length"][0]) or last < 0 else last
+
+
+CLASSES = 3
+
+
+@dataclass(frozen=True)
+class Words:
+    """The ids of a tiny encoder's tokenizer: special tokens, all words, and the words of the classes."""
+
+    size: int
+    pad: int
+    cls: int
+    sep: int
+    mask: int
+    words: tuple[int, int]  # first id, and the one after the last
+    labels: tuple[int, ...]
+
+
+_WORDS = Words(50, pad=0, cls=2, sep=3, mask=4, words=(5, 50), labels=(9, 5, 31))  # the student's
+_OTHER_WORDS = Words(61, pad=1, cls=0, sep=2, mask=60, words=(3, 60), labels=(3, 40, 12))
+
+
+def _words(role: str, shared: bool) -> Words:
+    return _WORDS if shared or role == "student" else _OTHER_WORDS
+
+
+def _encoder(role: str, seed: int, shared: bool, auto: Any) -> nn.Module:
+    """A BERT as the student, else a deeper RoBERTa with more heads and mostly another vocabulary."""
+    words, student = _words(role, shared), role == "student"
+    config: Any = (BertConfig if student else RobertaConfig)(
+        vocab_size=words.size,
+        hidden_size=16 if student else 24,
+        intermediate_size=32 if student else 48,
+        num_hidden_layers=2 if student else 4,
+        num_attention_heads=2 if student else 4,
+        max_position_embeddings=64,
+        type_vocab_size=2 if student else 1,
+        initializer_range=0.3,
+        pad_token_id=words.pad,
+    )
+    config.mask_token_id, config.num_labels = words.mask, CLASSES
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: nn.Module = auto.from_config(config)
+    return model
+
+
+def _masked_lm(role: str, seed: int, shared: bool) -> nn.Module:
+    return _encoder(role, seed, shared, AutoModelForMaskedLM)
+
+
+def _classifier(role: str, seed: int, shared: bool) -> nn.Module:
+    return _encoder(role, seed, shared, AutoModelForSequenceClassification)
+
+
+def _class_rows(
+    count: int, first: int, roles: Sequence[str], prompted: bool, shared: bool, labelled: bool = True
+) -> Batch:
+    """Random texts of one or two sentences; each role cuts a word into tokens of its own, one or two.
+
+    Where the text is prompted, the mask is one of its words, and one separator stands at the end.
+    """
+    draw = torch.Generator().manual_seed(first)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=draw))
+
+    sentences = [(number(2, 6), number(0, 4)) for _ in range(count)]  # words of each
+    masked = [number(0, sum(pair)) for pair in sentences]  # words
+    labels = torch.arange(count)[torch.randperm(count, generator=draw)] % CLASSES
+    fields = {
+        "example_id": torch.arange(first, first + count),
+        "class_label": labels if labelled else torch.full((count,), -1),
+    }
+    plain: dict[str, Tensor] = {}  # the student's own
+    for role in ("student", *(role for role in roles if role != "student")):
+        words, prefix = _words(role, shared), "" if role == "student" else f"{role}."
+        if shared and prefix:
+            fields |= {prefix + name: value for name, value in plain.items()}
+            continue
+        rows = []
+        for pair, mask in zip(sentences, masked, strict=True):
+            row = [(words.cls, 0, -1)]  # id, segment, word
+            for segment in range(2):
+                for word in range(segment * pair[0], pair[0] + segment * pair[1]):
+                    if prompted and word == mask:
+                        row.append((words.mask, segment, word))
+                    else:
+                        row += [(number(*words.words), segment, word) for _ in range(number(1, 3))]
+                if pair[segment] and (segment == 1 or pair[1] == 0 or not prompted):
+                    row.append((words.sep, segment, -1))
+            rows.append(row)
+        length = torch.tensor([len(row) for row in rows])
+        width = int(length.max())
+        table = torch.tensor([row + [(words.pad, 0, -1)] * (width - len(row)) for row in rows])
+        own = {"input_ids": table[:, :, 0], "length": length}
+        if prompted:
+            own["mask_index"] = (own["input_ids"] == words.mask).long().argmax(1)
+            own["verbalizer_ids"] = torch.tensor(words.labels).repeat(count, 1)
+            cloze = torch.tensor([number(1, len(row) - 1) for row in rows])
+            own["cloze_index"] = cloze.masked_fill(torch.arange(count) % 3 == 1, -1)
+        else:
+            own |= {"segment_ids": table[:, :, 1], "word_index": table[:, :, 2]}
+        fields |= {prefix + name: value for name, value in own.items()}
+        plain = plain or own
+    return Batch(fields)
+
+
+def _class_sets(roles: Sequence[str], shared: bool, prompted: bool) -> dict[str, Batch]:
+    return {
+        "train": _class_rows(24, 100, roles, prompted, shared),
+        "dev": _class_rows(9, 500, roles, prompted, shared),
+        "unlabeled": _class_rows(18, 900, roles, prompted, shared, labelled=False),
+    }
+
+
+_NOISE = {"input_ids": (0, _WORDS.size), "segment_ids": (0, 9), "word_index": (-1, 9)}  # of token fields
+
+
+def _other_class_padding(batch: Batch, seed: int) -> Batch:
+    """Widen the token fields of every role by three columns; anything stands beyond its own length."""
+    draw = torch.Generator().manual_seed(seed)
+    changed = {}
+    for name, value in batch.items():
+        role, dot, field = name.rpartition(".")
+        if field in _NOISE:
+            value = _wider(value)
+            noise = torch.randint(*_NOISE[field], value.shape, generator=draw)
+            beyond = torch.arange(value.shape[1]) >= batch[f"{role}{dot}length"][:, None]
+            changed[name] = torch.where(beyond, noise, value)
+    return batch.replace(**changed)
+
+
+def _masked_place(row: Batch) -> int | None:
+    """The mask, or the position that is masked for certain."""
+    names = [name for name in ("mask_index", "cloze_index") if name in row]
+    place = int(row[names[0]][0]) if names else -1
+    return place if place >= 0 else None
+
+
 def _logits(model: nn.Module) -> Tensor:
+    """Outputs of a model on fixed inputs."""
+    ids = torch.arange(5, 25).reshape(2, 10)
     with evaluating(model):
-        logits: Tensor = model(input_ids=torch.arange(20).reshape(2, 10)).logits
+        logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     return logits
 
 
 HEADS = {
     "causal_lm": Head(
         model=_gpt2,
-        rows=lambda: _text_rows(24, 100, prompt=(1, 7), response=(1, 9)),
-        extras=lambda: {"lm": _text_rows(12, 900, prompt=(1, 2), response=(4, 10))},
+        sets=_text_sets,
         padded=_other_padding,
         reload=lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype="auto"),
-        probe=_logits,
-    )
+        watched=lambda model: model.get_input_embeddings(),
+        target=_last_predicting,
+    ),
+    "masked_lm": Head(
+        model=_masked_lm,
+        sets=functools.partial(_class_sets, prompted=True),
+        padded=_other_class_padding,
+        reload=lambda folder: AutoModelForMaskedLM.from_pretrained(folder, dtype="auto"),
+        watched=lambda model: model.base_model,
+        target=_masked_place,
+    ),
+    "sequence": Head(
+        model=_classifier,
+        sets=functools.partial(_class_sets, prompted=False),
+        padded=_other_class_padding,
+        reload=lambda folder: AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto"),
+        watched=lambda model: model.base_model,
+        target=lambda row: 0,
+    ),
 }
 
 
@@ -186,6 +371,7 @@ class Probe(Trainer):
         seed: int,
         *,
         extras: Mapping[str, Source],
+        dev: Source,
         processes: Processes | None = None,
         folder: Path | None = None,
         change: Callable[[Batch], Batch] = lambda batch: batch,
@@ -206,6 +392,7 @@ class Probe(Trainer):
         )
         self.lines = recorder.losses
         self.seen: list[Update] = []
+        self.dev = dev
         self._change, self._follow, self._around, self._wrap = change, follow, around, loss
         self._parts: dict[str, Batch] = {}
         self._ready = False
@@ -241,12 +428,13 @@ class Probe(Trainer):
         """Prepare, once."""
         if not self._ready:
             self._ready = True
-            sources: dict[str, Source] = {"train": self.source, "dev": self.source, **self.extras}
-            made = self.prepare(SourceData(sources, self.rollout_batch, self.processes.device)) or {}
-            if set(made) - {"train"}:
-                raise Broken(f"prepare may return 'train' only, not {', '.join(made)}")
-            if "train" in made:
-                self.source = BatchSource(made["train"])
+            replaced = {"train": self.source, **self.extras}
+            data = SourceData({**replaced, "dev": self.dev}, self.rollout_batch, self.processes.device)
+            made = self.prepare(data) or {}
+            if other := [name for name in made if name not in replaced]:
+                raise Broken(f"prepare may return rows of {', '.join(replaced)}, not of {', '.join(other)}")
+            replaced |= {name: BatchSource(rows) for name, rows in made.items()}
+            self.source, self.extras = replaced.pop("train"), replaced
         return self
 
     def go(self, visits: int | None = None) -> Probe:
@@ -273,6 +461,7 @@ class Case:
     method: str
     settings: Mapping[str, Any]
     training: Mapping[str, Any]
+    shared_tokenizer: bool = False
     seed: int = 1
 
     @property
@@ -292,7 +481,7 @@ class Case:
 
         def model(role: str) -> nn.Module:
             number = stages.needed_roles(self.cls).index(role)
-            return self.head.model(number, 16 if role == "student" else 24).to(dtype)
+            return self.head.model(role, number, self.shared_tokenizer).to(dtype)
 
         settings = dict(self.settings)
         if any(field.name == "max_new_tokens" for field in dataclasses.fields(self.cls.Config)):
@@ -313,32 +502,42 @@ class Case:
             told["max_new_tokens"] = NEW_TOKENS
         return TrainingConfig(**{**told, **self.training, **changed})
 
-    def rows(self, changed: Callable[[Batch], Batch] = lambda batch: batch) -> Source:
-        """Return training rows with the fields that the method says it needs, and no other."""
-        whole = self.head.rows()
-        lacking = [name for name in self.cls.needs if name not in whole]
+    def sets(self, changed: Callable[[Batch], Batch] = lambda batch: batch) -> dict[str, Source]:
+        """Return the rows of "train", "dev" and the extra sets that a board may have, with the fields that
+        the method says it needs, and no other.
+        """
+        found = self.head.sets(stages.needed_roles(self.cls), self.shared_tokenizer)
+        lacking = [name for name in self.cls.needs if name not in found["train"]]
         if lacking:
-            raise Broken(f"needs {', '.join(lacking)}; batches of {self.cls.head} hold {', '.join(whole)}")
-        wanted = ("example_id", *self.cls.needs)
-        return BatchSource(changed(Batch({name: whole[name] for name in dict.fromkeys(wanted)})))
+            known = ", ".join(found["train"])
+            raise Broken(f"needs {', '.join(lacking)}; batches of {self.cls.head} hold {known}")
+        wanted = dict.fromkeys(("example_id", *self.cls.needs))
+        return {
+            split: BatchSource(changed(Batch({name: rows[name] for name in wanted})))
+            for split, rows in found.items()
+        }
 
     def start(
         self,
         dtype: torch.dtype = torch.float64,
         *,
         seed: int | None = None,
-        rows: Source | None = None,
+        sets: Mapping[str, Source] | None = None,
         training: Mapping[str, Any] | None = None,
         **watched: Any,
     ) -> Probe:
-        """Return a run before anything has happened; `watched` are arguments of `Probe`."""
+        """Return a run before anything has happened; `sets` are in place of the case's own, `watched` are
+        arguments of `Probe`.
+        """
         seed = self.seed if seed is None else seed
+        found = {**self.sets(), **(sets or {})}
         return Probe(
             self.distiller(dtype, seed),
-            rows or self.rows(),
+            found.pop("train"),
             self.budget(**(training or {})),
             seed,
-            extras={name: BatchSource(extra) for name, extra in self.head.extras().items()},
+            dev=found.pop("dev"),
+            extras=found,
             **watched,
         )
 
@@ -380,7 +579,7 @@ def _permuted(batch: Batch) -> Batch:
 # --------------------------------------------------------------------------------------- the laws
 def roles(case: Case) -> None:
     """It is made of models for the arguments of `__init__` after `cfg`; rows have the fields it `needs`."""
-    case.rows()
+    case.sets()
     case.distiller()
 
 
@@ -400,7 +599,7 @@ def groups(case: Case) -> None:
                     what = f"self.{name} hides a {type(part).__name__} from torch"
                     raise Broken(f"{what}; register it, in a nn.ModuleList for example")
     try:
-        Trainer(distiller, case.rows(), case.budget(), case.seed)
+        Trainer(distiller, case.sets()["train"], case.budget(), case.seed)
     except ValueError as error:
         raise Broken(str(error)) from error
 
@@ -429,7 +628,10 @@ def _still(probe: Probe, before: Mapping[str, Tensor]) -> list[str]:
 
 
 def isolated(case: Case) -> None:
-    """Weights change in `step.update` alone, those of its group alone, and only its group has gradients."""
+    """Weights change in `step.update` alone, those of its group alone, and only its group has gradients.
+
+    In `prepare` all but the student's may also be set by hand, to the best of several for example.
+    """
     probe = case.start(around=lambda group: around(group))
     known: dict[int, Tensor] = {}
 
@@ -438,7 +640,9 @@ def isolated(case: Case) -> None:
             for name, param in optimizer.params.items():
                 if param.grad is not None:
                     raise Broken(f"{when}, '{name}' of group '{group}' has a gradient")
-                if group != but and not torch.equal(param, known.get(id(param), param)):
+                by_hand = probe._preparing and not but and group != "student"
+                fixed = group != but and not by_hand
+                if fixed and not torch.equal(param, known.get(id(param), param)):
                     raise Broken(f"{when}, '{name}' of group '{group}' was changed")
                 known[id(param)] = param.detach().clone()
 
@@ -451,6 +655,10 @@ def isolated(case: Case) -> None:
             unchanged(f"in an update of '{group}'", but=group)
 
     unchanged("before training")
+    probe.ready()
+    student = {id(param) for param in probe.optimizers["student"].params.values()}
+    known = {key: value for key, value in known.items() if key in student}
+    unchanged("after prepare")
     probe.go()
     unchanged("after the last update")
 
@@ -513,7 +721,11 @@ def deterministic(case: Case) -> None:
 
 
 def targets(case: Case) -> None:
-    """The student learns each response to its end, the end-of-sequence token too where padding has its id."""
+    """The student learns at each row's target.
+
+    In a causal language model that is the response to its end, the end-of-sequence token too where padding
+    has its id; in a masked one the state at the mask; in a sequence classifier that of the first token.
+    """
     probe = case.start(training={"micro_batch": 1}, loss=lambda loss: seen(loss))
     student: Any = probe.distiller.student
     while not isinstance(student, PreTrainedModel):  # a prompted model around a backbone
@@ -523,11 +735,12 @@ def targets(case: Case) -> None:
         student = inner[0]
     calls: list[tuple[Tensor, Tensor]] = []
 
-    def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if torch.is_grad_enabled() and output.requires_grad:
-            calls.append((inputs[0], output))
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Any], output: Any) -> None:
+        states = output if isinstance(output, Tensor) else output.last_hidden_state
+        if torch.is_grad_enabled() and states.requires_grad:
+            calls.append((inputs[0] if inputs else named["input_ids"], states))
 
-    student.get_input_embeddings().register_forward_hook(keep)
+    case.head.watched(student).register_forward_hook(keep, with_kwargs=True)
 
     def seen(loss: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
         def checked(batch: Any, step: Any) -> Tensor:
@@ -535,7 +748,7 @@ def targets(case: Case) -> None:
             value = loss(batch, step)
             for part in [batch] if isinstance(batch, Batch) else batch.values():
                 if "input_ids" in part and part.size and probe._group == "student":
-                    _reads_all(value, part, calls)
+                    _reads_target(value, part, case.head.target(part), calls)
             return value
 
         return checked
@@ -543,20 +756,30 @@ def targets(case: Case) -> None:
     probe.go()
 
 
-def _reads_all(value: Tensor, row: Batch, calls: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Raise Broken unless the loss depends on the embedding of the last token that predicts one.
-
-    What stands before the last target is read by no other target's prediction.
-    """
-    last = int(row["length"][0]) - 2
-    ids = row["input_ids"][0, : last + 1]
-    if last + 1 < int(row["prompt_length"][0]) or last < 0:
+def _reads_target(
+    value: Tensor, row: Batch, place: int | None, calls: Sequence[tuple[Tensor, Tensor]]
+) -> None:
+    """Raise Broken unless the loss depends on what was watched at `place` of this row."""
+    if place is None:
         return
-    own = [out for given, out in calls if given.shape[1] > last and torch.equal(given[0, : last + 1], ids)]
-    gradients = torch.autograd.grad(value, own, retain_graph=True, allow_unused=True) if own else ()
-    if not any(gradient is not None and bool(gradient[:, last].any()) for gradient in gradients):
-        token = int(row["input_ids"][0, last + 1])
-        what = "the end of the sequence" if token == EOS else "its last token"
+    known = place + 1 if "prompt_length" in row else int(row["length"][0])
+    ids = row["input_ids"][0, :known]
+    own = [  # a call may hold the rows of several parts
+        (out, at)
+        for given, out in calls
+        if given.shape[1] >= known
+        for at in (given[:, :known] == ids).all(1).nonzero()[:, 0].tolist()
+    ]
+    outputs = [out for out, _ in own]
+    found = torch.autograd.grad(value, outputs, retain_graph=True, allow_unused=True) if own else ()
+    if not any(
+        gradient is not None and bool(gradient[at, place].any())
+        for gradient, (_, at) in zip(found, own, strict=True)
+    ):
+        what = f"the state at position {place}"
+        if "prompt_length" in row:
+            ends = int(row["input_ids"][0, place + 1]) == EOS
+            what = "the end of the sequence" if ends else "its last token"
         raise Broken(f"example {int(row['example_id'][0])}: {what} is no target of the student's loss")
 
 
@@ -580,7 +803,7 @@ def padding(case: Case) -> None:
     plain = case.start().go()
     for seed in (1, 2):
         other = functools.partial(case.head.padded, seed=seed)  # type: ignore[call-arg]
-        padded = case.start(rows=case.rows(other), change=other, follow=plain).go()
+        padded = case.start(sets=case.sets(other), change=other, follow=plain).go()
         _same_updates(plain, padded, EXACT, "other padding")
 
 
@@ -663,9 +886,13 @@ def resume(case: Case) -> None:
         live = case.start(torch.float32, folder=Path(folder)).ready()
         while True:
             live.save()
-            fresh = case.start(torch.float32, folder=Path(folder), rows=live.source)
+            made = {"train": live.source, **live.extras}
+            fresh = case.start(torch.float32, folder=Path(folder), sets=made)
             fresh._ready = True  # as in a run, where what `prepare` made is kept
-            fresh.resume()
+            try:
+                fresh.resume()
+            except UserError as error:
+                raise Broken(f"after a kill after visit {live.visit}: {error}") from error
             lost = differences(live.distiller, fresh.distiller)
             if lost:
                 kept = "a Store, a buffer, a parameter or an entry of self.state survives"
@@ -690,7 +917,7 @@ def saved(case: Case) -> None:
         model: Any = probe.distiller.predictor()
         if isinstance(model, PreTrainedModel):
             model.save_pretrained(folder)
-            if not torch.equal(case.head.probe(model), case.head.probe(case.head.reload(Path(folder)))):
+            if not torch.equal(_logits(model), _logits(case.head.reload(Path(folder)))):
                 raise Broken("its outputs differ after save_pretrained and from_pretrained")
             return
         weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
@@ -765,12 +992,14 @@ def check(
     *,
     training: Mapping[str, Any] | None = None,
     only: Sequence[str] = (),
+    shared_tokenizer: bool = False,
 ) -> list[Law]:
     """Try the laws on a method, by name or path of its file, and return what became of each.
 
     A law that `breaks()` or the training settings declare broken is "not claimed"; it is tried too, and fails
     where it holds after all. Args: `settings` of the method, `training` settings, `only` these laws; those
-    that all others stand on are returned where they fail.
+    that all others stand on are returned where they fail. With `shared_tokenizer` all encoders read the
+    student's ids, as a method may need that compares tokens.
     Raises: UserError for an unknown method, setting or law, and for a file that cannot be imported.
     """
     for name in only:
@@ -780,7 +1009,8 @@ def check(
     torch.set_num_threads(1)
     try:
         with torch.random.fork_rng(devices=[]):
-            return _check(Case(method, dict(settings or {}), dict(training or {})), only or tuple(LAWS))
+            case = Case(method, dict(settings or {}), dict(training or {}), shared_tokenizer)
+            return _check(case, only or tuple(LAWS))
     finally:
         torch.set_num_threads(threads)
 
@@ -790,7 +1020,7 @@ def _check(case: Case, names: Sequence[str]) -> list[Law]:
     first = [_try(case, name) for name in _FIRST]
     if any(law.status == "fail" for law in first):
         return [law for law in first if law.status == "fail"][:1]
-    declared = Trainer(case.distiller(), case.rows(), case.budget(), case.seed).breaks()
+    declared = Trainer(case.distiller(), case.sets()["train"], case.budget(), case.seed).breaks()
     for name in declared:
         if name not in LAWS:
             raise unknown("law", name, LAWS, f"{case.method}: breaks()")
@@ -913,7 +1143,8 @@ def in_processes(count: int, function: Callable[..., Any], *args: Any, timeout_s
     forking = "forkserver" in multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if forking else "spawn")
     if forking:
-        context.set_forkserver_preload([__name__, "transformers.models.gpt2.modeling_gpt2"])
+        models = [f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "bert", "roberta")]
+        context.set_forkserver_preload([__name__, *models])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

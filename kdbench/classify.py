@@ -67,6 +67,18 @@ def mask_logits(model: nn.Module, batch: Batch) -> Tensor:
     return _precise(head(_at(last, batch["mask_index"])))
 
 
+def chosen_logits(model: nn.Module, batch: Batch, chosen: Tensor) -> Tensor:
+    """Return the vocabulary's logits at the `chosen` [B, T] positions, [n, V], in float32 at least.
+
+    Only these positions go through the vocabulary's head, where the model has one that can be told apart.
+    """
+    any_model: Any = model
+    head = mlm_head(model)
+    if head is None:
+        return _precise(any_model(**_inputs(model, batch)).logits[chosen])
+    return _precise(head(any_model.base_model(**_inputs(model, batch)).last_hidden_state[chosen]))
+
+
 def classified(model: nn.Module, batch: Batch) -> Classified:
     """Return class logits and the states of every layer at the mask (or first token), from one forward."""
     any_model: Any = model

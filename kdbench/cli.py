@@ -19,7 +19,7 @@ from kdbench.paths import cache_dir, configs_dir, runs_dir
 if TYPE_CHECKING:
     from kdbench.commands import Forecast
     from kdbench.jobs import Job
-    from kdbench.record import RunFolder, Score
+    from kdbench.record import RunFolder, RunRecord, Score
     from kdbench.stages import Places
 
 DEFAULT_BOARD = "tiny-instruct/v1"
@@ -49,6 +49,14 @@ Jobs = Annotated[
     int | None,
     typer.Option(
         "--jobs", min=1, help="How many at the same time; default: the CPU's cores, up to 4; GPU: 1."
+    ),
+]
+Axes = Annotated[
+    list[str],
+    typer.Option(
+        "--axis",
+        metavar="AXIS=VALUE,...",
+        help="Only these values of an axis of the board, for example dataset=sst2,mr; repeatable.",
     ),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
@@ -118,6 +126,7 @@ def run(
     board: BoardName = DEFAULT_BOARD,
     size: Annotated[str | None, typer.Option(help="One of the board's sizes.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Such as 1,2,3; default: the board's.")] = None,
+    axis: Axes = [],  # noqa: B006
     jobs: Jobs = None,
     runs: RunsDir = runs_dir(),  # noqa: B008
     data_root: DataRoot = None,
@@ -134,16 +143,16 @@ def run(
     chosen = _size(question, size)
     rows = commands.rows_of(question, methods or [])
     numbers = _numbers(seeds, "--seeds") if seeds else list(question.seeds)
-    axes = question.axis_values()[0]
+    axes = commands.narrowed(question.axis_values(chosen), lambda one: one, axis, question.id)
     for name in rows:  # most mistakes are found here, before torch is imported
-        config.resolve(question, chosen, name, numbers[0], overrides, axes=axes, among=rows)
+        config.resolve(question, chosen, name, numbers[0], overrides, axes=axes[0], among=rows)
     places = _places(runs, data_root)
     threads = question.sizes[chosen].threads
     commands.quiet(threads)
     workers = None if dry_run else work.start(live=sys.stderr.isatty())
     commands.check_track(track)
     used = commands.device_of(device)
-    plans = commands.plans(question, chosen, rows, numbers, overrides, used, places())
+    plans = commands.plans(question, chosen, rows, numbers, overrides, used, places(), axes)
     todo = work.jobs_of(plans)
     finished = sum(plan.complete() for plan in plans)
     _say(f"{question.id}, size {chosen}: {len(plans)} runs, {finished} of them finished already")
@@ -242,12 +251,13 @@ def show(
     set_name: Annotated[str | None, typer.Option("--set", help="A test set; default: the first.")] = None,
     against: Annotated[str | None, typer.Option(metavar="RUN", help="A second run, beside it.")] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="How many prompts.")] = 5,
+    axis: Axes = [],  # noqa: B006
     runs: RunsDir = runs_dir(),  # noqa: B008
 ) -> None:
     """Print prompts, references, responses and scores of a run, or of two side by side."""
-    from kdbench.commands import find_run
+    from kdbench.commands import find_each
 
-    folders = [find_run(name, runs) for name in ([run] if against is None else [run, against])]
+    folders = find_each([run] if against is None else [run, against], runs, axis)
     shown = [_answers(folder, set_name) for folder in folders]
     name = shown[0][0]["set"]
     other = shown[-1] if set_name or len(shown) == 1 else _answers(folders[-1], name)
@@ -258,7 +268,7 @@ def show(
     heads = []
     for folder in folders:
         found = folder.record
-        heads.append(f"{found.row}, seed {found.seed}, run {found.run_id} ({found.board}, {found.size})")
+        heads.append(f"{_about(found)} ({found.board}, {found.size})")
     for line in _beside(heads):
         print(line)
     for example in [one for one in columns[0] if all(one in column for column in columns)][:n]:
@@ -334,6 +344,7 @@ def analyze(
         ),
     ] = [],  # noqa: B006
     size: Annotated[str | None, typer.Option(help="Of a board's runs; default: the published size.")] = None,
+    axis: Axes = [],  # noqa: B006
     runs: RunsDir = runs_dir(),  # noqa: B008
 ) -> None:
     """Compute scores and figures again from what runs saved; no model is loaded.
@@ -342,7 +353,7 @@ def analyze(
     """
     from kdbench import commands
 
-    folders = [folder for name in names for folder in commands.find_runs(name, runs, size)]
+    folders = [folder for name in names for folder in commands.find_runs(name, runs, size, axis)]
     chosen = analysis or list(dict.fromkeys(name for folder in folders for name in folder.record.analyses))
     modules = {name: registry.load_analysis(name) for name in chosen}
     settings = commands.analysis_settings(modules, overrides)
@@ -352,7 +363,7 @@ def analyze(
             made = commands.analysed(name, module, folder, settings[name])
             record = folder.add(stem, module.VERSION, made)
             scores = {key: one for key, one in record.scores.items() if key.startswith(f"{stem}/")}
-            about = f"{record.row}, seed {record.seed}, run {record.run_id}: {stem}, version {module.VERSION}"
+            about = f"{_about(record)}: {stem}, version {module.VERSION}"
             if len(folders) > 1:
                 print(f"{about}, {len(scores)} scores", flush=True)
             else:
@@ -362,6 +373,14 @@ def analyze(
         if hasattr(module, "figures"):
             for path in module.figures(folders, figures or common / "figures"):
                 print(f"written: {path}")
+
+
+def _about(record: "RunRecord") -> str:
+    """A run in words: its row, axis values, seed and id."""
+    from kdbench.commands import said
+
+    axes = f", {said(record.axes)}" if record.axes else ""
+    return f"{record.row}{axes}, seed {record.seed}, run {record.run_id}"
 
 
 def _score(name: str, score: "Score") -> list[str]:
@@ -384,34 +403,48 @@ def compare(
     ] = [],  # noqa: B006
     board: BoardName = DEFAULT_BOARD,
     size: Annotated[str | None, typer.Option(help="One of the board's sizes.")] = None,
+    axis: Axes = [],  # noqa: B006
     runs: RunsDir = runs_dir(),  # noqa: B008
 ) -> None:
     """Compare two methods prompt by prompt: difference, 95 % interval, p-value.
 
-    A row stands for its runs of all training seeds. Refused where the two were measured on other prompts,
-    with another teacher or other decoding settings.
+    A row stands for its runs of all training seeds; on a board with axes, runs of the same axis values are
+    compared, for each of them apart. Refused where the two were measured on other prompts, with another
+    teacher or other decoding settings.
     """
     from kdbench import commands
     from kdbench.compare import paired
 
     question = config.load_board(board)
     chosen = _size(question, size)
-    sides = commands.common_seeds(
-        *(commands.runs_of(name, question, chosen, runs) for name in (first, second))
-    )
-    names = scores or commands.comparable_columns(question, [run for side in sides for run in side])
-    seeds = [", ".join(str(run.record.seed) for run in side) for side in sides]
-    told = f"seeds {seeds[0]}" if seeds[0] == seeds[1] else f"seed {seeds[0]} and seed {seeds[1]}"
-    table, warnings = [["", first, second, "difference", "p"]], []
-    for one in paired(sides[0], sides[1], names):
-        warnings += [f"{one.score}: {one.difference.warning}"] if one.difference.warning else []
-        cells = [commands.interval_text(x) for x in (one.a, one.b, one.difference)]
-        p_value = one.difference.p_value
-        table.append(
-            [f"{one.score} {one.a.unit}".strip(), *cells, "–" if p_value is None else f"{p_value:.3g}"]
-        )
-    print(f"{first} less {second}, {told}, the same prompts, 95 % intervals")
-    print("\n".join([*_aligned(table), *warnings]))
+    sides = [commands.runs_of(name, question, chosen, runs, axis) for name in (first, second)]
+    pairs, left_out = commands.pairs(*sides)
+    for name in scores:
+        known = dict.fromkeys(one for pair in pairs for run in pair.runs for one in run.record.scores)
+        if name not in known:
+            raise unknown("score", name, known)
+    texts = []
+    for pair in pairs:
+        names = commands.comparable_columns(question, pair.runs)
+        if scores:  # those of other test sets belong to other axis values
+            has = {name for run in pair.runs for name in run.record.scores}
+            names = [name for name in scores if name in has]
+        if not names and len(pairs) > 1:
+            continue
+        table, warnings = [["", first, second, "difference", "p"]], []
+        for one in paired(pair.one, pair.other, names):
+            warnings += [f"{one.score}: {one.difference.warning}"] if one.difference.warning else []
+            cells = [commands.interval_text(x) for x in (one.a, one.b, one.difference)]
+            p_value = one.difference.p_value
+            table.append(
+                [f"{one.score} {one.a.unit}".strip(), *cells, "–" if p_value is None else f"{p_value:.3g}"]
+            )
+        at = f"{commands.said(pair.axes)}, " if pair.axes else ""
+        head = f"{first} less {second}, {at}{pair.seeds}, the same prompts, 95 % intervals"
+        texts.append("\n".join([head, *_aligned(table), *warnings]))
+    print("\n\n".join(texts))
+    for one_left in left_out:
+        _err(f"left out, for only one has it: {one_left}")
 
 
 @app.command()
@@ -424,6 +457,7 @@ def collect(
         list[str],
         typer.Option("--intervention", help="Repeatable: hand_over, corruption, recovery, or all."),
     ] = [],  # noqa: B006
+    axis: Axes = [],  # noqa: B006
     runs: RunsDir = runs_dir(),  # noqa: B008
     data_root: DataRoot = None,
 ) -> None:
@@ -438,10 +472,10 @@ def collect(
             "collect: say what: --profile NAME or --intervention NAME, for example --intervention all"
         )
     commands.check_evidence(profile, interventions)
-    folders = [folder for name in names for folder in commands.find_runs(name, runs)]
+    folders = [folder for name in names for folder in commands.find_runs(name, runs, axes=axis)]
     places = _places(runs, data_root)
     for folder in folders:
-        _err(f"{folder.record.row}, seed {folder.record.seed}, run {folder.record.run_id}")
+        _err(_about(folder.record))
         commands.quiet(int(folder.config.get("threads", 1)))
         for path in commands.collect(folder, places(), profile, interventions):
             print(f"evidence: {path}")
@@ -453,14 +487,14 @@ def collect(
 def publish(
     names: Annotated[list[str], typer.Argument(metavar="RUN...", help=_RUN_HELP)],
     replace: Annotated[bool, typer.Option("--replace", help="Take the place of the published run.")] = False,
+    axis: Axes = [],  # noqa: B006
     runs: RunsDir = runs_dir(),  # noqa: B008
 ) -> None:
     """Check finished runs and copy their records into their boards."""
-    from kdbench.commands import find_run
+    from kdbench.commands import find_each
 
     by_board: dict[str, list[Path]] = {}
-    for name in names:
-        folder = find_run(name, runs)
+    for folder in find_each(names, runs, axis):
         by_board.setdefault(folder.record.board, []).append(folder.path)
     for board, folders in by_board.items():
         question = config.load_board(board)

@@ -9,8 +9,9 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from kdbench.runner import Plan
     from kdbench.stages import Places
 
+T = TypeVar("T")
 TRACKERS = ("tensorboard", "wandb")
 TRACKER = "KDBENCH_TRACKER"  # the variable that a run reads it from
 
@@ -57,6 +59,50 @@ def rows_of(board: Board, methods: Sequence[str]) -> list[str]:
     else:
         named = [row.name for row in board.rows if row.reference]
     return list(dict.fromkeys([*named, *(name for name in methods if name != "all")]))
+
+
+def narrowed(
+    items: Sequence[T], axes_of: Callable[[T], Mapping[str, Any]], given: Sequence[str], where: str = ""
+) -> list[T]:
+    """Those of the items whose axis values `--axis` names, as in `dataset=sst2,mr`; an axis that it does not
+    name is left as it is.
+
+    Raises: UserError for an axis or a value that no item has, with the nearest, and where nothing is left.
+    """
+    place, kept = f"{where}: --axis" if where else "--axis", list(items)
+    for axis, texts in _asked(given).items():
+        known = dict.fromkeys(_text(axes_of(one)[axis]) for one in items if axis in axes_of(one))
+        if not known:
+            raise unknown("axis", axis, dict.fromkeys(name for one in items for name in axes_of(one)), place)
+        values = [part for text in texts for part in ([text] if text in known else text.split(","))]
+        for value in values:
+            if value not in known:
+                raise unknown(f"value of {axis}", value, known, place)
+        kept = [one for one in kept if axis in axes_of(one) and _text(axes_of(one)[axis]) in values]
+    if items and not kept:
+        raise UserError(f"{place} {' '.join(given)}: nothing has all of these values")
+    return kept
+
+
+def _asked(given: Sequence[str]) -> dict[str, list[str]]:
+    """The texts of `--axis` by axis."""
+    found: dict[str, list[str]] = {}
+    for text in given:
+        axis, equals, value = text.partition("=")
+        if not (equals and axis.strip() and value.strip()):
+            raise UserError(f"--axis {text}: write it as axis=value, for example dataset=sst2,mr")
+        found.setdefault(axis.strip(), []).append(value.strip())
+    return found
+
+
+def _text(value: object) -> str:
+    """An axis value as it is typed."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def said(axes: Mapping[str, Any]) -> str:
+    """Axis values in words: `dataset sst2, k 16`."""
+    return ", ".join(f"{axis} {_text(value)}" for axis, value in axes.items())
 
 
 def device_of(name: str) -> str:
@@ -90,8 +136,11 @@ def plans(
     overrides: Sequence[str],
     device: str,
     places: Places,
+    axes: Sequence[dict[str, Any]] | None = None,
 ) -> list[Plan]:
-    """Check every run; return them in order of seed and row.
+    """Check every run; return them in order of seed, axis values and row.
+
+    Args: `axes`: the combinations of axis values; None: all of the size.
 
     Raises: UserError for the first that cannot be made.
     """
@@ -99,10 +148,12 @@ def plans(
 
     silence()
     found: dict[str, Plan] = {}
+    tasks: dict[str, type[Any]] = {}
     for seed in seeds:
-        for axes in board.axis_values():
+        for values in board.axis_values(size) if axes is None else axes:
             for name in rows:
-                plan = Plan(_run(board, size, name, seed, overrides, axes, rows, device), places)
+                run = _run(board, size, name, seed, overrides, values, rows, device, tasks)
+                plan = Plan(run, places)
                 found.setdefault(plan.id, plan)
     return list(found.values())
 
@@ -116,11 +167,18 @@ def _run(
     axes: dict[str, Any],
     among: Sequence[str],
     device: str,
+    tasks: dict[str, type[Any]],
 ) -> RunConfig:
-    """A run with its method's and task's settings completed by their defaults."""
+    """A run with its method's and task's settings completed by their defaults.
+
+    Args: `tasks`: the settings of the tasks seen before, by axis values.
+    """
     row = board.row(name)
     method = registry.load_distiller(row.method if row else name).Config
-    plain = resolve(board, size, name, seed, overrides, axes=axes, among=among, device=device)
+    at = json.dumps(axes)
+    if at not in tasks:
+        plain = resolve(board, size, name, seed, overrides, axes=axes, among=among, device=device)
+        tasks[at] = registry.load_task(plain.task).Settings
     return resolve(
         board,
         size,
@@ -131,14 +189,13 @@ def _run(
         among=among,
         device=device,
         settings_class=method,
-        task_settings_class=registry.load_task(plain.task).Settings,
+        task_settings_class=tasks[at],
     )
 
 
 def label_of(run: RunConfig) -> str:
     """A run's name among those of one command: its row, axis values and seed."""
-    axes = ", ".join(f"{name} {value}" for name, value in run.axes.items())
-    return f"{run.row} ({axes}) seed {run.seed}" if axes else f"{run.row} seed {run.seed}"
+    return f"{run.row} ({said(run.axes)}) seed {run.seed}" if run.axes else f"{run.row} seed {run.seed}"
 
 
 def check_track(name: str | None) -> None:
@@ -170,22 +227,38 @@ class Forecast:
 def forecast(
     board: Board, size: str, plans: Sequence[Plan], jobs: Sequence[Job], runs: Path
 ) -> list[Forecast]:
-    """What each stage and run would take, from published and local records of the same row and size."""
+    """What each stage and run would take, from published and local records of the same row and size: those of
+    the same axis values where there are some.
+    """
     paths = [*boards.published_records(board), *boards.local_records(board, runs)]
     entries, _ = boards.read_entries(paths, local=True)
-    done = [entry for entry in entries if entry.record.size == size and entry.record.status == "done"]
-    stages: dict[str, float] = {}
-    for entry in done:
-        for name, value in entry.record.budget.items():
-            if name.startswith("stage_seconds."):
-                stages[name.removeprefix("stage_seconds.")] = value
+    past = _Past([entry for entry in entries if entry.record.size == size and entry.record.status == "done"])
+    models: dict[str, int | None] = {}
+    answers: dict[str, int] = {}
     lines = []
+
+    def model_bytes(plan: Plan, role: str) -> int | None:
+        spec = dataclasses.replace(plan.run.roles[role], seed=None, stages=[])
+        key = json.dumps([role, to_dict(spec), plan.run.method, plan.run.task, plan.run.task_settings])
+        if key not in models:
+            models[key] = _model_bytes(plan, role)
+        return models[key]
+
+    def answer_count(plan: Plan) -> int:
+        run = plan.run
+        key = json.dumps(
+            [run.task, run.task_settings, to_dict(run.evaluation), to_dict(run.roles["student"])]
+        )
+        if key not in answers:
+            answers[key] = _answers(plan)
+        return answers[key]
+
     for job in jobs:
         if job.role is not None:
             spec = job.plan.run.roles[job.role]
-            size_bytes = _model_bytes(job.plan, job.role)
+            size_bytes = model_bytes(job.plan, job.role)
             more = None if size_bytes is None else 6 * size_bytes
-            seconds = stages.get(spec.stages[job.count - 1].name)
+            seconds = past.stage_seconds(spec.stages[job.count - 1].name, job.plan.run.axes)
             lines.append(Forecast(job.label, job.gives, job.steps, "to train", size_bytes, more, seconds))
     for plan in plans:
         run, label = plan.run, label_of(plan.run)
@@ -193,20 +266,49 @@ def forecast(
         if plan.complete():
             lines.append(Forecast(label, plan.id, steps, "finished"))
             continue
-        like = [entry for entry in done if entry.record.row == run.row]
-        seconds = None
-        if like:
-            times = [sum(phase.seconds for phase in entry.record.phases.values()) for entry in like]
-            seconds = sum(times) / len(times)
-        model = _model_bytes(plan, "student")
-        kept = [_folder_bytes(entry.path.parent) for entry in like if entry.path.name == "record.json"]
-        answers = _answers(plan)
-        if not kept and model is not None:
-            kept = [model + 1000 * answers]
+        seconds, known = past.run(run)
+        model = model_bytes(plan, "student")
+        if known is None and model is not None:
+            known = model + 1000 * answer_count(plan)
         more = 6 * model if model is not None and steps else 0 if model is not None else None
         state = "to go on" if (plan.folder / "checkpoint").is_dir() else "to run"
-        lines.append(Forecast(label, plan.id, steps, state, max(kept) if kept else None, more, seconds))
+        lines.append(Forecast(label, plan.id, steps, state, known, more, seconds))
     return lines
+
+
+class _Past:
+    """What finished runs took."""
+
+    def __init__(self, done: Sequence[boards.Entry]) -> None:
+        self._rows: dict[tuple[str, str], list[boards.Entry]] = {}
+        self._stages: dict[tuple[str, str], float] = {}
+        self._bytes: dict[Path, int] = {}
+        for entry in done:
+            record = entry.record
+            for axes in (json.dumps(record.axes, sort_keys=True), ""):
+                self._rows.setdefault((record.row, axes), []).append(entry)
+                for name, value in record.budget.items():
+                    if name.startswith("stage_seconds."):
+                        self._stages[name.removeprefix("stage_seconds."), axes] = value
+
+    def stage_seconds(self, name: str, axes: Mapping[str, Any]) -> float | None:
+        """Seconds of the stage of that name, at these axis values where it is known there."""
+        other = self._stages.get((name, ""))
+        return self._stages.get((name, json.dumps(dict(axes), sort_keys=True)), other)
+
+    def run(self, run: RunConfig) -> tuple[float | None, int | None]:
+        """(mean seconds, the most bytes of a folder) of runs of the same row, at the same axis values where
+        there are some; None where there are none.
+        """
+        key = (run.row, json.dumps(dict(run.axes), sort_keys=True))
+        like = self._rows.get(key) or self._rows.get((run.row, "")) or []
+        times = [sum(phase.seconds for phase in entry.record.phases.values()) for entry in like]
+        folders = [entry.path.parent for entry in like if entry.path.name == "record.json"]
+        for folder in folders:
+            if folder not in self._bytes:
+                self._bytes[folder] = _folder_bytes(folder)
+        kept = [self._bytes[folder] for folder in folders]
+        return sum(times) / len(times) if times else None, max(kept) if kept else None
 
 
 def _answers(plan: Plan) -> int:
@@ -224,15 +326,15 @@ def _answers(plan: Plan) -> int:
 def _model_bytes(plan: Plan, role: str) -> int | None:
     """The size of a role's weights in float32, from its configuration; None where that cannot be read."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from kdbench import models
 
     spec = plan.run.roles[role]
     try:
-        described = models.load_config(spec, plan.materials.tokenizer(role), plan.places.runs)
+        head = plan.materials.first_head(role)
+        described = models.load_config(spec, plan.materials.tokenizer(role), plan.places.runs, head)
         with torch.device("meta"):
-            return 4 * int(AutoModelForCausalLM.from_config(described).num_parameters())
+            return 4 * int(models.HEADS[head].auto.from_config(described).num_parameters())
     except (UserError, ValueError):
         return None
 
@@ -254,11 +356,11 @@ def trials(board: Board, device: str, places: Places) -> dict[str, list[Plan]]:
     tuning, untuned = board.tuning, dataclasses.replace(board, tuned={})
     apart = dataclasses.replace(places, runs=places.runs / "tuning")
     names = [row.name for row in board.rows if not row.reference]
-    axes = board.axis_values()[0]
+    axes = board.axis_values(tuning.size)[0]
     found: dict[str, list[Plan]] = {}
     for name in names:
         for overrides in config.tuning_runs(board, name):
-            run = _run(untuned, tuning.size, name, tuning.seed, overrides, axes, names, device)
+            run = _run(untuned, tuning.size, name, tuning.seed, overrides, axes, names, device, {})
             task = Plan(run, apart).materials.task()
             first = next(split for split in task.splits() if split.startswith("test/"))
             evaluation = dataclasses.replace(
@@ -339,10 +441,10 @@ def collect(
 
 
 # -------------------------------------------------------------------------------------------- finding one run
-def _finished(runs: Path, wanted: Callable[[RunRecord], bool]) -> list[RunFolder]:
+def _finished(runs: Path, wanted: Callable[[RunRecord], bool], board: str = "*/*") -> list[RunFolder]:
     """The finished runs that are wanted, of each row, axis value and seed the one begun last."""
     found: dict[tuple[str, str, str, str, int], tuple[float, RunFolder]] = {}
-    for path in sorted(runs.glob("*/*/*/record.json")):
+    for path in sorted(runs.glob(f"{board}/*/record.json")):
         with suppress(RecordError):
             record, folder = load(path), RunFolder(path.parent)
             if record.status == "done" and wanted(record):
@@ -354,36 +456,84 @@ def _finished(runs: Path, wanted: Callable[[RunRecord], bool]) -> list[RunFolder
     return [found[key][1] for key in sorted(found)]
 
 
-def runs_of(name: str, board: Board, size: str, runs: Path) -> list[RunFolder]:
-    """The finished runs of a row of a board in one size, one per training seed; or the run with this id or
-    folder.
+def _narrowed_runs(found: Sequence[RunFolder], axes: Sequence[str], where: str) -> list[RunFolder]:
+    if not axes:
+        return list(found)
+    read = [(one, one.record) for one in found]
+    return [one for one, _ in narrowed(read, lambda pair: pair[1].axes, axes, where)]
+
+
+def runs_of(name: str, board: Board, size: str, runs: Path, axes: Sequence[str] = ()) -> list[RunFolder]:
+    """The finished runs of a row of a board in one size, one per training seed and axis values; or the run
+    with this id or folder. `axes` as in `narrowed`.
 
     Raises: UserError where there is none.
     """
-    found = _finished(runs, lambda one: (one.board, one.size, one.row) == (board.id, size, name))
+    found = _finished(runs, lambda one: (one.board, one.size, one.row) == (board.id, size, name), board.id)
     if found:
-        return found
-    one = find_run(name, runs)
+        return _narrowed_runs(found, axes, name)
+    one = find_run(name, runs, axes)
     if one.record.row == name:
         raise UserError(f"{board.id}: no finished run of row '{name}' in size '{size}' in the folder {runs}")
     return [one]
 
 
-def common_seeds(one: list[RunFolder], other: list[RunFolder]) -> tuple[list[RunFolder], list[RunFolder]]:
-    """Both methods' runs of the training seeds that both have; two single runs are taken as they are."""
+@dataclass(frozen=True)
+class Pair:
+    """Both methods' runs at the same axis values and of the same training seeds."""
+
+    axes: dict[str, Any]
+    one: list[RunFolder]
+    other: list[RunFolder]
+
+    @property
+    def runs(self) -> list[RunFolder]:
+        """All of them."""
+        return [*self.one, *self.other]
+
+    @property
+    def seeds(self) -> str:
+        """The training seeds in words."""
+        first, second = (", ".join(str(run.record.seed) for run in side) for side in (self.one, self.other))
+        return f"seeds {first}" if first == second else f"seed {first} and seed {second}"
+
+
+def pairs(one: Sequence[RunFolder], other: Sequence[RunFolder]) -> tuple[list[Pair], list[str]]:
+    """(both methods' runs for each combination of axis values, of the training seeds that both have there;
+    what is left out for lack of a counterpart). Two single runs are taken as they are.
+
+    Raises: UserError where they have no axis values and training seed in common.
+    """
     if len(one) == len(other) == 1:
-        return one, other
-    mine, theirs = ({run.record.seed: run for run in side} for side in (one, other))
-    seeds = sorted(mine.keys() & theirs.keys())
-    if not seeds:
-        said = " and ".join(", ".join(map(str, side)) for side in (mine, theirs))
-        raise UserError(f"a comparison needs runs of the same training seed, here are {said}")
-    return [mine[seed] for seed in seeds], [theirs[seed] for seed in seeds]
+        axes = one[0].record.axes
+        return [Pair(axes if axes == other[0].record.axes else {}, list(one), list(other))], []
+    sides: list[dict[str, dict[int, RunFolder]]] = [{}, {}]
+    values: dict[str, dict[str, Any]] = {}
+    for side, runs in zip(sides, (one, other), strict=True):
+        for run in runs:
+            record = run.record
+            key = json.dumps(record.axes, sort_keys=True)
+            values[key] = record.axes
+            side.setdefault(key, {})[record.seed] = run
+    found, left = [], []
+    for key, axes in values.items():
+        mine, theirs = (side.get(key, {}) for side in sides)
+        seeds = sorted(mine.keys() & theirs.keys())
+        if seeds:
+            found.append(Pair(axes, [mine[seed] for seed in seeds], [theirs[seed] for seed in seeds]))
+        else:
+            of = " and ".join(", ".join(map(str, sorted(side))) or "none" for side in (mine, theirs))
+            left.append(f"{said(axes)}: seeds {of}" if axes else of)
+    if not found:
+        what = "axis values and training seed" if any(values.values()) else "training seed"
+        raise UserError(f"a comparison needs runs of the same {what}, here are {'; '.join(left)}")
+    return found, left
 
 
-def find_runs(name: str, runs: Path, size: str | None = None) -> list[RunFolder]:
+def find_runs(name: str, runs: Path, size: str | None = None, axes: Sequence[str] = ()) -> list[RunFolder]:
     """The runs that a name stands for: a board's of one size (default: the published one), a row's of all
-    training seeds (of the board and size of its newest run), or one run as in `find_run`.
+    training seeds and axis values (of the board and size of its newest run), or one run as in `find_run`.
+    `axes` as in `narrowed`.
 
     Raises: UserError as `find_run`, and for a board without finished runs.
     """
@@ -393,16 +543,18 @@ def find_runs(name: str, runs: Path, size: str | None = None) -> list[RunFolder]
         chosen = boards.published_size(board) if size is None else size
         if chosen not in board.sizes:
             raise unknown("size", chosen, board.sizes, board.id)
-        found = _finished(runs, lambda one: (one.board, one.size) == (board.id, chosen))
+        found = _finished(runs, lambda one: (one.board, one.size) == (board.id, chosen), board.id)
         if not found:
             raise UserError(f"{board.id}: no finished run of size '{chosen}' in the folder {runs}")
         order = {row.name: at for at, row in enumerate(board.rows)}
-        return sorted(found, key=lambda one: order.get(one.record.row, len(order)))
+        found.sort(key=lambda one: order.get(one.record.row, len(order)))
+        return _narrowed_runs(found, axes, board.id)
     rows = _finished(runs, lambda one: one.row == name and size in (None, one.size))
     if not rows:
-        return [find_run(name, runs)]
+        return [find_run(name, runs, axes)]
     last = max(rows, key=lambda one: one.begun).record
-    return [one for one in rows if (one.record.board, one.record.size) == (last.board, last.size)]
+    same = [one for one in rows if (one.record.board, one.record.size) == (last.board, last.size)]
+    return _narrowed_runs(same, axes, name)
 
 
 def analysis_settings(modules: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, tuple[Any, ...]]:
@@ -446,9 +598,15 @@ def analysed(name: str, module: Any, folder: RunFolder, settings: tuple[Any, ...
 
 
 def comparable_columns(board: Board, folders: Sequence[RunFolder]) -> list[str]:
-    """The board's columns that all these runs have with values per prompt."""
+    """The scores of the board's columns that all these runs have with values per prompt; of columns at values
+    of axes, those of the runs' own.
+    """
     records = [folder.record for folder in folders]
-    names = dict.fromkeys(column.score for column in board.columns)
+    names = dict.fromkeys(
+        column.score
+        for column in board.columns
+        if not column.mean and all(column.at.items() <= one.axes.items() for one in records)
+    )
     return [
         name
         for name in names
@@ -464,29 +622,70 @@ def interval_text(one: Estimate) -> str:
     return f"{one.value:.4g}{interval}"
 
 
-def find_run(name: str, runs: Path) -> RunFolder:
-    """A run by its folder, its id, the beginning of its id, or its row (the least seed, then the newest).
+class _Below:
+    """The runs in a folder, trials of learning rates included; each record is read once."""
 
-    Raises: UserError where there is none, or more than one.
+    def __init__(self, runs: Path) -> None:
+        self.runs = runs
+
+    @cached_property
+    def paths(self) -> list[Path]:
+        """The files."""
+        depths = ("*/*/*", "tuning/*/*/*")
+        return sorted(path for depth in depths for path in self.runs.glob(f"{depth}/record.json"))
+
+    @cached_property
+    def rows(self) -> dict[str, list[tuple[RunRecord, Path]]]:
+        """The records that can be read, and their folders, by row."""
+        found: dict[str, list[tuple[RunRecord, Path]]] = {}
+        for path in self.paths:
+            with suppress(RecordError):
+                record = load(path)
+                found.setdefault(record.row, []).append((record, path.parent))
+        return found
+
+
+def find_each(names: Sequence[str], runs: Path, axes: Sequence[str] = ()) -> list[RunFolder]:
+    """`find_run` of several names; the folder of runs is read once."""
+    below = _Below(runs)
+    return [_find_run(name, below, axes) for name in names]
+
+
+def find_run(name: str, runs: Path, axes: Sequence[str] = ()) -> RunFolder:
+    """A run by its folder, its id, the beginning of its id, or its row (the least seed, then the newest).
+    `axes` as in `narrowed`.
+
+    Raises: UserError where there is none, or more than one, as there is of a row with several axis values.
     """
+    return _find_run(name, _Below(runs), axes)
+
+
+def _find_run(name: str, below: _Below, axes: Sequence[str]) -> RunFolder:
     if (Path(name) / "record.json").is_file():
-        return RunFolder(Path(name))
-    paths = sorted(path for depth in ("*/*/*", "tuning/*/*/*") for path in runs.glob(f"{depth}/record.json"))
-    exact = [path for path in paths if path.parent.name == name]
-    begun = exact or [path for path in paths if path.parent.name.startswith(name)]
+        return _narrowed_runs([RunFolder(Path(name))], axes, name)[0]
+    exact = [path for path in below.paths if path.parent.name == name]
+    begun = exact or [path for path in below.paths if path.parent.name.startswith(name)]
     if len(begun) == 1:
-        return RunFolder(begun[0].parent)
+        return _narrowed_runs([RunFolder(begun[0].parent)], axes, name)[0]
     if begun:
         raise UserError(f"run '{name}': several begin so: {', '.join(path.parent.name for path in begun)}")
-    rows: dict[str, list[tuple[int, float, Path]]] = {}
-    for path in paths:
-        try:
-            record = load(path)
-        except RecordError:
-            continue
-        rows.setdefault(record.row, []).append((record.seed, -RunFolder(path.parent).begun, path.parent))
-    if name in rows:
-        return RunFolder(min(rows[name])[2])
-    if not paths:
-        raise UserError(f"run '{name}': there are no runs in the folder {runs}; `kdbench run` makes some")
-    raise unknown("run", name, [*rows, *(path.parent.name for path in paths)])
+    if name in below.rows:
+        found = narrowed(below.rows[name], lambda pair: pair[0].axes, axes, f"run '{name}'")
+        record, folder = min(found, key=lambda pair: (pair[0].seed, -RunFolder(pair[1]).begun, pair[1]))
+        place = (record.board, record.size)
+        values = {said(one.axes): one.axes for one, _ in found if (one.board, one.size) == place}
+        if len(values) > 1:
+            differ = [
+                axis for axis in record.axes if len({str(one.get(axis)) for one in values.values()}) > 1
+            ]
+            example = " ".join(f"--axis {axis}={_text(record.axes[axis])}" for axis in differ)
+            raise UserError(
+                f"run '{name}': has runs of several axis values ({'; '.join(values)}); name one by its id, "
+                f"or say which values, for example {example}"
+            )
+        return RunFolder(folder)
+    if not below.paths:
+        raise UserError(
+            f"run '{name}': there are no runs in the folder {below.runs}; `kdbench run` makes some"
+        )
+    raise unknown("run", name, [*below.rows, *(path.parent.name for path in below.paths)])

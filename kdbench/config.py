@@ -115,9 +115,9 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class Data:
-    """Rows of one split of a task."""
+    """Rows of one split of a task, the run's own task where none is named."""
 
-    task: str
+    task: str | None = None
     task_settings: dict[str, Any] = field(default_factory=dict)
     split: str = "train"
 
@@ -126,7 +126,9 @@ class Data:
 class Stage:
     """Training that a role's model has had before a run begins; equal stages are trained once and cached.
 
-    `training` overrides the size's [training]; in a resolved run it is complete (`stage_training`).
+    `training` overrides the size's [training]; in a resolved run it is complete (`stage_training`). `seed` is
+    that of its data order and new weights: a number, "run" (the run's, also where the role's is fixed), or
+    None (the role's). With `select` the weights that are best on dev at its cadence are kept, else the last.
     """
 
     name: str
@@ -136,6 +138,8 @@ class Stage:
     task_settings: dict[str, Any] = field(default_factory=dict)
     split: str = "train"
     training: dict[str, Any] = field(default_factory=dict)
+    seed: int | Literal["run"] | None = None
+    select: "Select | None" = None
 
 
 @dataclass(frozen=True)
@@ -286,6 +290,15 @@ class SizeRow:
     training: dict[str, Any] = field(default_factory=dict)
 
 
+def _check_axes(axes: Mapping[str, Sequence[Scalar]]) -> None:
+    for axis, values in axes.items():
+        if not values:
+            raise ValueError(f"axis '{axis}' has no values")
+        twice = sorted({str(one) for one in values if list(map(str, values)).count(str(one)) > 1})
+        if twice:
+            raise ValueError(f"axis '{axis}' has the value {twice[0]} twice")
+
+
 @dataclass(frozen=True)
 class Size:
     """One scale of a board: budget, models (beside or instead of the board's roles) and evaluation."""
@@ -298,10 +311,12 @@ class Size:
     task_settings: dict[str, Any] = field(default_factory=dict)
     rows: dict[str, SizeRow] = field(default_factory=dict)
     select: Select | None = None  # None: the board's
+    axes: dict[str, list[Scalar]] = field(default_factory=dict)  # other values of the board's axes
     threads: int = 1
 
     def __post_init__(self) -> None:
         _positive(threads=self.threads)
+        _check_axes(self.axes)
 
 
 @dataclass(frozen=True)
@@ -320,10 +335,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the table: a score of the records."""
+    """One column of the table: a score of the records, or the mean of other columns.
 
-    score: str  # "<analysis>/<score>", or "record.<path>" as `RunRecord.value` reads it
+    With `at` it reads the runs at those values of axes; such an axis is spread over the columns, and one line
+    of the table holds a row's runs at all of its values. Without, it is the mean over the values of a spread
+    axis.
+    """
+
     title: str
+    score: str = ""  # "<analysis>/<score>", or "record.<path>" as `RunRecord.value` reads it
+    at: dict[str, Scalar] = field(default_factory=dict)  # axis -> value
+    mean: list[str] = field(default_factory=list)  # titles of the columns whose mean this is
     unit: str = ""
     direction: Literal["higher", "lower", "none"] = "none"  # what is better; none: not compared
     rank: bool = False  # rows are ordered by this column
@@ -333,13 +355,29 @@ class Column:
         _within(0, 10, digits=self.digits)
         if self.rank and self.direction == "none":
             raise ValueError(f"column '{self.title}' ranks rows, so its direction must be higher or lower")
+        if bool(self.score) == bool(self.mean):
+            told = "both are" if self.score else "neither is"
+            raise ValueError(f"column '{self.title}': exactly one of score and mean is needed; {told} given")
+        if self.mean and self.at:
+            raise ValueError(f"column '{self.title}': at is said by the columns whose mean this is")
+
+    @property
+    def key(self) -> str:
+        """What tells its cells from those of other columns: `<score>`, `<score>@<axis>=<value>`, or
+        `mean:<title>`.
+        """
+        if self.mean:
+            return f"mean:{self.title}"
+        at = ",".join(f"{axis}={self.at[axis]}" for axis in sorted(self.at))
+        return f"{self.score}@{at}" if at else self.score
 
 
 @dataclass(frozen=True)
 class Board:
     """A question: task, models, budget, seeds, rows and columns.
 
-    Text `{axis}` in task, task_settings, roles, settings, extra and evaluation stands for that axis' value.
+    Text `{axis}` in task, task_settings, roles, settings, extra and evaluation stands for that axis' value,
+    and `{seed}` for the run's seed.
     """
 
     name: str
@@ -373,9 +411,7 @@ class Board:
             raise ValueError("only one column can rank the rows")
         if self.tuning is not None and self.tuning.seed in self.seeds:
             raise ValueError(f"tuning.seed = {self.tuning.seed} is a reported seed; tune on another")
-        for axis, values in self.axes.items():
-            if not values:
-                raise ValueError(f"axis '{axis}' has no values")
+        _check_axes(self.axes)
 
     @property
     def id(self) -> str:
@@ -386,11 +422,12 @@ class Board:
         """The row of that name, if there is one."""
         return next((row for row in self.rows if row.name == name), None)
 
-    def axis_values(self) -> list[dict[str, Scalar]]:
-        """Every combination of axis values; one empty table for a board without axes."""
-        return [
-            dict(zip(self.axes, values, strict=True)) for values in itertools.product(*self.axes.values())
-        ]
+    def axis_values(self, size: str | None = None) -> list[dict[str, Scalar]]:
+        """Every combination of axis values, those of a size where one is named; one empty table for a board
+        without axes.
+        """
+        axes = self.axes if size is None else {**self.axes, **self.sizes[size].axes}
+        return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -486,10 +523,47 @@ def _check_board(board: Board, where: str) -> None:
                 f"tuning.json: row '{row_name}' has {len(tuned.trials)} trials; every row of {board.id} "
                 f"has as many as there are tuning.factors"
             )
+    _check_columns(board, where)
     used = json.dumps(to_dict([board.rows, board.task, board.task_settings, board.roles, board.sizes]))
     for axis in board.axes:
         if f"{{{axis}}}" not in used:
             raise UserError(f"{where}: axes.{axis} is used nowhere; write '{{{axis}}}' where it belongs")
+
+
+def _check_columns(board: Board, where: str) -> None:
+    """What axes, sizes and columns say about each other."""
+    values = {axis: list(known) for axis, known in board.axes.items()}
+    for name, size in board.sizes.items():
+        for axis, more in size.axes.items():
+            if axis not in board.axes:
+                raise unknown("axis", axis, board.axes, f"{where}: sizes.{name}.axes")
+            values[axis] += more
+    titles = [column.title for column in board.columns]
+    means = [column for column in board.columns if column.mean]
+    for column in board.columns:
+        place = f"{where}: column '{column.title}'"
+        for axis, value in column.at.items():
+            if axis not in board.axes:
+                raise unknown("axis", axis, board.axes, f"{place}: at")
+            if not any(type(one) is type(value) and one == value for one in values[axis]):
+                shown = json.dumps if str(value) in map(str, values[axis]) else str
+                known = dict.fromkeys(map(shown, values[axis]))
+                raise unknown(f"value of {axis}", shown(value), known, f"{place}: at")
+    for column in means:
+        place = f"{where}: column '{column.title}': mean"
+        others = [one.title for one in board.columns if not one.mean]
+        for title in column.mean:
+            if title not in others:
+                raise unknown("column with a score", title, others, place)
+            if titles.count(title) > 1 or column.mean.count(title) > 1:
+                raise UserError(f"{place}: '{title}' is there twice")
+        if titles.count(column.title) > 1:
+            raise UserError(f"{where}: column '{column.title}' is there twice")
+        named = [one for one in board.columns if one.title in column.mean]
+        for key in ("unit", "direction"):
+            found = {str(getattr(one, key)) for one in [column, *named]}
+            if len(found) > 1:
+                raise UserError(f"{place}: {key} is to be that of its columns; here are {sorted(found)}")
 
 
 def _check_budget(board: Board, training: Mapping[str, object], reference: bool, where: str) -> None:
@@ -521,7 +595,10 @@ def _followed(role: Role, known: Mapping[str, Role], where: str, seen: tuple[str
         raise UserError(f"{where}.like: {' is like '.join([*seen, role.like])}, which has no beginning")
     base = _followed(known[role.like], known, where, (*seen, role.like))
     seed = base.seed if role.seed is None else role.seed
-    return dataclasses.replace(base, seed=seed, stages=[*base.stages, *role.stages])
+    before = [  # the stages of what this role begins from are the other role's own, with its seed
+        dataclasses.replace(stage, seed=base.seed) if stage.seed is None else stage for stage in base.stages
+    ]
+    return dataclasses.replace(base, seed=seed, stages=[*before, *role.stages])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -627,7 +704,8 @@ class RunConfig:
     def tasks(self) -> list[str]:
         """The run's task, then those of its stages and further data."""
         stages = [stage.task for role in self.roles.values() for stage in role.stages if stage.task]
-        return list(dict.fromkeys([self.task, *stages, *(data.task for data in self.extra.values())]))
+        extra = [data.task for data in self.extra.values() if data.task]
+        return list(dict.fromkeys([self.task, *stages, *extra]))
 
     def to_dict(self) -> dict[str, Any]:
         """The run as a JSON table."""
@@ -645,6 +723,12 @@ class RunConfig:
 def stage_training(stage: Stage) -> TrainingConfig:
     """The complete training settings of a resolved run's stage."""
     return from_dict(TrainingConfig, stage.training, f"stage '{stage.name}': training")
+
+
+def stage_seed(stage: Stage) -> int:
+    """The seed of a resolved run's stage."""
+    assert isinstance(stage.seed, int)
+    return stage.seed
 
 
 @dataclass(frozen=True)
@@ -769,6 +853,7 @@ def resolve(
     axes = dict(axes or {})
     if set(axes) != set(board.axes):
         raise UserError(f"{board.id}: a run needs a value for each axis ({', '.join(board.axes) or 'none'})")
+    told: dict[str, Scalar] = {**axes, "seed": seed}
     own = {line.name} if line.reference else {"method", line.name, registry.stem(line.method)}
     parsed = _own_overrides(board, [parse_override(text) for text in overrides], own, among)
     if line.reference:
@@ -781,13 +866,13 @@ def resolve(
 
     special = scale.rows.get(line.name, SizeRow())
     method = registry.stem(line.method)
-    settings = _filled({**line.settings, **special.settings}, axes)
+    settings = _filled({**line.settings, **special.settings}, told)
     set_settings = dict(settings)
     for one in parsed:
         if one.section == "method":
             _nested(set_settings, one.key, one.value)
-    task = str(_filled(board.task, axes))
-    task_settings = _filled({**board.task_settings, **scale.task_settings}, axes)
+    task = str(_filled(board.task, told))
+    task_settings = _filled({**board.task_settings, **scale.task_settings}, told)
     set_task = dict(task_settings)
     for one in parsed:
         if one.section == "task":
@@ -810,7 +895,7 @@ def resolve(
         training = dataclasses.replace(training, optimizer_steps=0)
     select = scale.select or board.select
     evaluation = from_dict(
-        EvaluationConfig, _filled(to_dict(scale.evaluation), axes), f"sizes.{size}.evaluation"
+        EvaluationConfig, _filled(to_dict(scale.evaluation), told), f"sizes.{size}.evaluation"
     )
     evidence = scale.evidence
     if evidence is None and any(one.section == "evidence" for one in parsed):
@@ -855,13 +940,13 @@ def resolve(
         task_settings=set_task,
         seed=seed,
         axes=axes,
-        roles=_resolved_roles(board, scale, line, seed, axes),
+        roles=_resolved_roles(board, scale, line, seed, told),
         training=training,
         evaluation=evaluation,
         evidence=evidence,
         select=select,
         analyses=list(board.analyses),
-        extra=from_dict(_Extra, {"extra": _filled(to_dict(line.extra), axes)}, f"row '{line.name}'").extra,
+        extra=_resolved_extra(line, told, task, set_task),
         threads=scale.threads,
         device=device,
     )
@@ -870,6 +955,19 @@ def resolve(
 @dataclass(frozen=True)
 class _Extra:
     extra: dict[str, Data]
+
+
+def _resolved_extra(
+    row: Row, told: Mapping[str, Scalar], task: str, task_settings: dict[str, Any]
+) -> dict[str, Data]:
+    """The row's further data sets; one that names no task is of the run's own."""
+    filled = from_dict(_Extra, {"extra": _filled(to_dict(row.extra), told)}, f"row '{row.name}'").extra
+    return {
+        name: dataclasses.replace(data, task=task, task_settings={**task_settings, **data.task_settings})
+        if data.task is None
+        else data
+        for name, data in filled.items()
+    }
 
 
 def _own_overrides(
@@ -921,16 +1019,16 @@ def _resolved_roles(
         where = f"{board.id}: roles.{name}"
         filled = from_dict(Role, _filled(to_dict(role), axes), where)
         model = resolve_model(filled, f"{where}.model")
+        seeded = seed if filled.seed is None else filled.seed
         stages = []
         for stage in filled.stages:
             registry.find("distillers", stage.method)
             if stage.task is not None:
                 registry.find("tasks", stage.task)
             place = f"{where}: stage '{stage.name}': training"
-            stages.append(
-                dataclasses.replace(stage, training=to_dict(changed(size.training, stage.training, place)))
-            )
-        seeded = seed if filled.seed is None else filled.seed
+            training = to_dict(changed(size.training, stage.training, place))
+            own = seeded if stage.seed is None else seed if stage.seed == "run" else stage.seed
+            stages.append(dataclasses.replace(stage, training=training, seed=own))
         roles[name] = dataclasses.replace(model, seed=seeded, stages=stages)
     return roles
 

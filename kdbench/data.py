@@ -13,7 +13,7 @@ import json
 import re
 import tomllib
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from kdbench.paths import configs_dir
 
 Row = dict[str, Any]
 
+NO_LABEL = "-"  # the label of a row on whose class annotators did not agree
 ROOT_HELP = "pass --data-root DIR or set KDBENCH_DATA_ROOT"
 
 _MARKED = re.compile(r"### Instruction:\n(.*?)(?:\n\n### Input:\n(.*?))?\n\n### Response:\n?$", re.DOTALL)
@@ -46,8 +47,10 @@ class DataFile:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A named set; `kind` is "instruct" (JSONL) or "text". `parted_by` parts a text file into documents;
-    `scored_by` names the score that the set is meant for where it is not ROUGE-L.
+    """A named set; `kind` is "instruct" (JSONL), "text" or "classify" (JSONL; on the hub also Parquet).
+    `parted_by` parts a text file into documents; `scored_by` names the score that the set is meant for where
+    it is not ROUGE-L. `hub_columns` names the column of hub records that has each field, `hub_labels` the
+    class that each of their labels means.
     """
 
     name: str
@@ -58,6 +61,8 @@ class DataSet:
     hub: str | None = None
     scored_by: str | None = None
     parted_by: str | None = None
+    hub_columns: dict[str, str] = field(default_factory=dict)
+    hub_labels: dict[str, str] = field(default_factory=dict)
     files: dict[str, DataFile] = field(default_factory=dict)
 
 
@@ -112,7 +117,52 @@ def read_jsonl(path: Path) -> tuple[list[Row], str]:
     type; with the file when it holds no record.
     """
     text, digest = read_text(path)
-    rows = []
+    return [instruction_row(item, where) for where, item in _records(path, text)], digest
+
+
+def read_labelled(path: Path, hub: DataSet | None = None) -> tuple[list[Row], str, int]:
+    """The labelled rows of a JSONL file or, of the hub set `hub`, a Parquet file: `text`, or `text_a` and
+    `text_b`, and `label`; the sha256 of its uncompressed bytes; and how many rows without a label were left
+    out (`NO_LABEL`: annotators did not agree).
+
+    Raises: UserError as `read_jsonl`.
+    """
+    if path.suffix == ".parquet":
+        digest = hashlib.sha256(read_bytes(path)).hexdigest()
+        items = _parquet_records(path)
+    else:
+        text, digest = read_text(path)
+        items = _records(path, text)
+    rows = [labelled_row(item if hub is None else _renamed(item, hub), where) for where, item in items]
+    kept = [row for row in rows if row["label"] != NO_LABEL]
+    return kept, digest, len(rows) - len(kept)
+
+
+def labelled_row(item: Any, where: str) -> Row:
+    """The fields of one record that a classification task reads: `text`, or `text_a` and `text_b`, and
+    `label`, a name. White space around a sentence is taken off.
+
+    Raises: UserError, beginning with `where`, for a missing or malformed field.
+    """
+    if not isinstance(item, dict):
+        raise UserError(f"{where}: must be a JSON object, is {_type(item)}")
+    names = ("text", "label") if "text" in item else ("text_a", "text_b", "label")
+    row: Row = {}
+    for name in names:
+        if name not in item:
+            wanted = "'text'" if not {"text_a", "text_b"} & item.keys() and name != "label" else f"'{name}'"
+            raise UserError(f"{where}: lacks the field {wanted}; it has: {', '.join(item) or 'nothing'}")
+        if not isinstance(item[name], str):
+            raise UserError(f"{where}: '{name}' must be text, is {_type(item[name])}")
+        row[name] = item[name].strip()
+    if not all(row.values()):
+        raise UserError(f"{where}: '{next(name for name in names if not row[name])}' is empty")
+    return row
+
+
+def _records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    """The JSON value of each line that is not blank, with its place."""
+    found = False
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             where = f"{path}:{number}"
@@ -120,10 +170,31 @@ def read_jsonl(path: Path) -> tuple[list[Row], str]:
                 item = json.loads(line)
             except ValueError as error:
                 raise UserError(f"{where}: is not JSON: {error}") from error
-            rows.append(instruction_row(item, where))
-    if not rows:
+            found = True
+            yield where, item
+    if not found:
         raise UserError(f"{path}: is empty: it holds no record")
-    return rows, digest
+
+
+def _parquet_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """The records of a Parquet file, each with its place."""
+    import datasets
+
+    try:
+        table = datasets.Dataset.from_parquet(str(path))
+    except Exception as error:  # a damaged file has many errors
+        raise UserError(f"{path}: cannot be read as Parquet: {type(error).__name__}") from error
+    for number, item in enumerate(table, start=1):
+        yield f"{path} record {number}", item
+
+
+def _renamed(item: Any, hub: DataSet) -> Any:
+    """A hub record's fields, by their names and labels here."""
+    if not isinstance(item, dict):
+        return item
+    row = {ours: item[theirs] for ours, theirs in hub.hub_columns.items() if theirs in item}
+    label = str(row.get("label"))
+    return {**row, "label": hub.hub_labels[label]} if label in hub.hub_labels else row
 
 
 def instruction_row(item: Any, where: str) -> Row:
@@ -163,7 +234,9 @@ def instruction_row(item: Any, where: str) -> Row:
     return row
 
 
-def sources(data_root: Path | None, kinds: Iterable[str] = ("instruct", "text")) -> list[dict[str, str]]:
+def sources(
+    data_root: Path | None, kinds: Iterable[str] = ("instruct", "text", "classify")
+) -> list[dict[str, str]]:
     """One row per file of every known set, as text: what `kdbench list data` prints.
 
     Columns: set, split, records, source, licence, hub, sha256 (of the uncompressed local file), local

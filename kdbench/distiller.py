@@ -56,11 +56,13 @@ class Batch(Mapping[str, Tensor]):
         return f"Batch({', '.join(f'{name} {list(value.shape)}' for name, value in self.items())})"
 
     def counts(self) -> Totals:
-        """Return the target tokens and examples of these rows alone (one token per row where there are no
-        lengths).
+        """Return the target tokens and examples of these rows alone: response tokens, all tokens where there
+        is no response, one per row where there are no lengths.
         """
-        if "length" in self:
+        if "prompt_length" in self:
             tokens = float((self["length"] - self["prompt_length"].clamp(min=1)).clamp(min=0).sum())
+        elif "length" in self:
+            tokens = float(self["length"].sum())
         else:
             tokens = float(self.size)
         return Totals(tokens, float(self.size))

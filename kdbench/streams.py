@@ -39,10 +39,11 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
-def uniform(seed: int, example_id: Tensor, draw: int, position: int) -> Tensor:
+def uniform(seed: int, example_id: Tensor, draw: int, position: int | Tensor) -> Tensor:
     """Return one uniform number in [0, 1) per row, a function of its four keys alone.
 
-    Args: `example_id` [B] int64. Returns float64 [B] with 53 random bits: no state, no order, no batch size.
+    Args: `example_id` [B] int64; a tensor of positions broadcasts against it. Returns float64 [B], or of the
+    broadcast shape, with 53 random bits: no state, no order, no batch size.
     """
     start = torch.full_like(example_id, stream_seed(seed, "sampling"))
     h = _mix(_mix(_mix(start) ^ example_id) ^ draw)

@@ -19,7 +19,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from kdbench import certify, cli
-from kdbench.commands import find_run, find_runs, rows_of, runs_of
+from kdbench.commands import find_each, find_run, find_runs, narrowed, pairs, rows_of, runs_of
 from kdbench.config import load_board
 from kdbench.errors import UserError
 from kdbench.evidence import read_evidence
@@ -353,6 +353,134 @@ def test_a_name_stands_for_the_run_begun_last_of_each_seed(ran: tuple[int, str, 
         runs_of("sft", board, "full", here / "twice")
 
 
+@pytest.fixture(scope="module")
+def spread(ran: tuple[int, str, str], here: Path) -> Path:
+    """Runs of two methods at two values of an axis, seed 1; the second method has seed 2 on the other too."""
+    runs = here / "spread"
+    for row, data, seed in (
+        ("sft", "polarity", 1),
+        ("sft", "topic", 1),
+        ("tempered_kd", "polarity", 1),
+        ("tempered_kd", "topic", 1),
+        ("tempered_kd", "topic", 2),
+    ):
+        target = runs / "tiny-instruct/v1" / f"{data}-{row.replace('_', '-')}-{seed}"
+        shutil.copytree(folders(here)[row].path, target)
+        record = load(target / "record.json")
+        record.run_id, record.seed, record.axes = target.name, seed, {"data": data}
+        save(record, target / "record.json")
+    return runs
+
+
+def test_show_asks_which_axis_value(spread: Path) -> None:
+    code, out, err = call("show", "sft", "--runs", spread)
+    assert (code, out) == (2, "")
+    assert (
+        "run 'sft': has runs of several axis values (data polarity; data topic); name one by its id, " in err
+    )
+    assert err.endswith("or say which values, for example --axis data=polarity\n")
+    code, out, err = call("show", "sft", "--axis", "data=topic", "--n", "1", "--runs", spread)
+    assert code == 0, err
+    assert "sft, data topic, seed 1, run topic-sft-1 (tiny-instruct/v1, debug)" in out
+    beside = ("--against", "tempered_kd", "--axis", "data=topic", "--n", "1")
+    code, out, err = call("show", "sft", *beside, "--runs", spread)
+    assert code == 0, err
+    assert re.search(r"topic-sft-1.*│ tempered_kd, data topic, seed 1", out)
+    for axis, said in (
+        ("data=topics", "no value of data 'topics'. Did you mean 'topic'? Known: polarity, topic."),
+        ("dat=topic", "no axis 'dat'. Did you mean 'data'? Known: data."),
+        ("topic", "write it as axis=value, for example dataset=sst2,mr"),
+    ):
+        code, _, err = call("show", "sft", "--axis", axis, "--runs", spread)
+        assert (code, said in err) == (2, True), err
+
+
+def test_names_stand_for_runs_of_all_axis_values(spread: Path) -> None:
+    def ids(found: list[RunFolder]) -> list[str]:
+        return [one.path.name for one in found]
+
+    board, both = load_board("tiny-instruct/v1"), ["polarity-sft-1", "topic-sft-1"]
+    assert ids(find_runs("sft", spread)) == both
+    assert ids(find_runs("sft", spread, axes=["data=topic"])) == both[1:]
+    assert ids(runs_of("sft", board, "debug", spread)) == both
+    assert ids(runs_of("sft", board, "debug", spread, ["data=polarity"])) == both[:1]
+    assert len(find_runs("tiny-instruct/v1", spread, "debug")) == 5
+    assert len(find_runs("tiny-instruct/v1", spread, "debug", ["data=topic"])) == 3
+    assert ids(find_each(both, spread)) == both
+    assert ids(find_each(["sft", "tempered_kd"], spread, ["data=topic"])) == [
+        "topic-sft-1",
+        "topic-tempered-kd-1",
+    ]
+    with pytest.raises(UserError, match="no value of data 'topic'. Known: polarity"):
+        find_run("polarity-sft-1", spread, ["data=topic"])
+
+
+def test_compare_pairs_runs_of_equal_axis_values_and_seed(spread: Path) -> None:
+    sides = [
+        runs_of(name, load_board("tiny-instruct/v1"), "debug", spread) for name in ("sft", "tempered_kd")
+    ]
+    found, left = pairs(*sides)
+    assert [(pair.axes["data"], [run.path.name for run in pair.runs]) for pair in found] == [
+        ("polarity", ["polarity-sft-1", "polarity-tempered-kd-1"]),
+        ("topic", ["topic-sft-1", "topic-tempered-kd-1"]),
+    ]
+    assert left == []
+    command = ("compare", "sft", "tempered_kd", "--size", "debug", "--runs", spread)
+    code, out, err = call(*command, "--score", "exposure_bias/length")
+    assert code == 0, err
+    assert [line for line in out.splitlines() if "less" in line] == [
+        f"sft less tempered_kd, data {data}, seeds 1, the same prompts, 95 % intervals"
+        for data in ("polarity", "topic")
+    ]
+    assert out.count("exposure_bias/length tokens") == 2
+    code, out, _ = call(*command, "--axis", "data=topic")
+    assert (code, out.count(" less ")) == (0, 1)
+    code, _, err = call(*command, "--score", "exposure_bias/lenght")
+    assert (code, "Did you mean 'exposure_bias/length'" in err) == (2, True)
+    code, _, err = call(
+        "compare", "polarity-sft-1", "topic-tempered-kd-1", *command[3:], "--score", "exposure_bias/length"
+    )
+    assert (code, "needs one axis value" in err) == (2, True), err
+    found, left = pairs(sides[0], sides[1][1:])
+    assert [pair.axes["data"] for pair in found] == ["topic"]
+    assert left == ["data polarity: seeds 1 and none"]
+    with pytest.raises(
+        UserError, match="the same axis values and training seed, here are data polarity: seeds 1"
+    ):
+        pairs([*sides[0][:1], sides[0][0]], sides[1][1:])
+
+
+def test_run_keeps_only_the_axis_values_asked_for(ran: tuple[int, str, str], here: Path) -> None:
+    axes = 'axes = { dev = [8, 9, 10] }\ntask_settings = { dev = "{dev}" }\n'
+    sizes = "[sizes.debug]\naxes = { dev = [8, 9] }\n"
+    text = TINY.read_text().replace("dev = 8, ", "").replace("[sizes.debug]\n", sizes)
+    (here / "axes.toml").write_text(axes + text.replace("[tuning]", "[tuning]\nsize = 'debug'", 1))
+    command = ("run", "sft", "--board", "axes.toml", "--size", "debug", "--seeds", "1", "--dry-run")
+    for given, values in ((), "89"), (("--axis", "dev=9"), "9"), (("--axis", "dev=9,8"), "89"):
+        code, out, err = call(*command, *given)
+        assert code == 0, err
+        labels = [line.split(" seed")[0] for line in out.splitlines() if line.startswith("sft")]
+        assert labels == [f"sft (dev {value})" for value in values]
+    for axis, said in (
+        ("dev=10", "--axis: no value of dev '10'. Known: 8, 9."),
+        ("devs=8", "--axis: no axis 'devs'. Did you mean 'dev'? Known: dev."),
+    ):
+        code, out, err = call(*command, "--axis", axis)
+        assert (code, out, said in err, len(err.splitlines())) == (2, "", True, 1), err
+
+
+def test_narrowed() -> None:
+    items = [{"a": text, "k": k} for text in ("x,y", "x", "on") for k in (True, 16)]
+    assert narrowed(items, lambda one: one, []) == items
+    assert narrowed(items, lambda one: one, ["a=x,y"]) == items[:2], "a value may hold a comma"
+    assert narrowed(items, lambda one: one, ["a=on,x", "k=true"]) == [items[2], items[4]]
+    assert narrowed(items, lambda one: one, ["k=16", "k=true"]) == items
+    with pytest.raises(UserError, match="nothing has all of these values"):
+        narrowed(items[1:3], lambda one: one, ["a=x,y", "k=true"])
+    with pytest.raises(UserError, match="no axis 'a'. There are none."):
+        narrowed([{}], lambda one: one, ["a=1"])
+
+
 def test_certify_says_what_is_out_of_bounds(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(certify, "PROMPTS", 20)
     monkeypatch.setattr(certify, "CHUNK", 3)
@@ -458,6 +586,8 @@ MISTAKES: list[tuple[str, str]] = [
     ("run sft --set training.optimizer_steps=7", "budgets = 'equal'"),
     ("run sft --set task.trainn=7", "Did you mean"),
     ("run sft --set nonsense", "section.key=value"),
+    ("run sft --axis data=mr", "no axis 'data'. There are none."),
+    ("run sft --axis data", "write it as axis=value"),
     ("run missing.py", "missing.py: there is no such file"),
     ("run empty.py", "defines none"),
     ("run broken.py", "broken.py:3: ZeroDivisionError: division by zero"),

@@ -447,6 +447,87 @@ def test_axes(tmp_path: Path) -> None:
         run_of(board)
     assert "axes.draw is used nowhere; write '{draw}'" in said(tmp_path, add="axes = { draw = [1] }\n")
     assert "axis 'draw' has no values" in said(tmp_path, add="axes = { draw = [] }\n")
+    assert "axis 'draw' has the value 2 twice" in said(tmp_path, add="axes = { draw = [2, 1, 2] }\n")
+
+
+AXES = 'axes = { data = ["sst2", "mr"], k = [16, 32] }\ntask_settings = { data = "{data}", k = "{k}" }\n'
+
+
+def test_a_size_has_axis_values_of_its_own(tmp_path: Path) -> None:
+    text = AXES + BOARD.replace("[sizes.debug]\n", '[sizes.debug]\naxes = { data = ["tiny"] }\n')
+    board = board_of(tmp_path, text)
+    assert board.axis_values("debug") == [{"data": "tiny", "k": 16}, {"data": "tiny", "k": 32}]
+    assert board.axis_values("full") == board.axis_values()
+    assert len(board.axis_values()) == 4
+    for axes, message in (
+        ('{ dat = ["a"] }', "sizes.debug.axes: no axis 'dat'. Did you mean 'data'? Known: data, k."),
+        ("{ data = [] }", "sizes.debug: axis 'data' has no values"),
+        ('{ data = ["a", "b", "a"] }', "sizes.debug: axis 'data' has the value a twice"),
+    ):
+        changes = ("[sizes.debug]\n", f"[sizes.debug]\naxes = {axes}\n")
+        assert message in said(tmp_path, changes, add=AXES)
+
+
+def column_text(**keys: str) -> str:
+    return "\n[[columns]]\n" + "".join(f"{key} = {value}\n" for key, value in keys.items())
+
+
+def test_columns_at_axis_values_and_means(tmp_path: Path) -> None:
+    text = AXES + BOARD
+    text += column_text(score='"a/s"', title='"SST-2"', at='{ k = 16, data = "sst2" }')
+    text += column_text(score='"a/s"', title='"MR"', at='{ data = "mr" }')
+    text += column_text(title='"average"', mean='["SST-2", "MR"]')
+    columns = board_of(tmp_path, text).columns
+    assert [column.key for column in columns] == [
+        "toy_analysis/good",
+        "a/s@data=sst2,k=16",
+        "a/s@data=mr",
+        "mean:average",
+    ]
+    assert (columns[3].score, columns[3].mean) == ("", ["SST-2", "MR"])
+    at, mean = "{ data = 'sst2' }", '["good", "good"]'
+    for keys, message in (
+        ({"title": '"x"'}, "column 'x': exactly one of score and mean is needed; neither is given"),
+        ({"title": '"x"', "score": '"a/b"', "mean": '["MR"]'}, "score and mean is needed; both are given"),
+        ({"title": '"x"', "mean": '["MR"]', "at": at}, "column 'x': at is said by the columns"),
+        (
+            {"title": '"x"', "score": '"a/b"', "at": "{ dat = 1 }"},
+            "column 'x': at: no axis 'dat'. Did you mean",
+        ),
+        (
+            {"title": '"x"', "score": '"a/b"', "at": "{ data = 'sst3' }"},
+            "column 'x': at: no value of data 'sst3'. Did you mean 'sst2'? Known: sst2, mr.",
+        ),
+        ({"title": '"x"', "score": '"a/b"', "at": "{ k = 16.0 }"}, "at: no value of k '16.0'."),
+        (
+            {"title": '"x"', "score": '"a/b"', "at": "{ k = '16' }"},
+            "no value of k '\"16\"'. Did you mean '16'? Known: 16, 32.",
+        ),
+        ({"title": '"x"', "mean": '["MRR"]'}, "mean: no column with a score 'MRR'. Did you mean 'MR'?"),
+        (
+            {"title": '"x"', "mean": '["average"]'},
+            "no column with a score 'average'. Known: good, SST-2, MR.",
+        ),
+        ({"title": '"x"', "mean": mean, "direction": '"higher"'}, "mean: 'good' is there twice"),
+        ({"title": '"average"', "mean": '["MR"]'}, "column 'average' is there twice"),
+        (
+            {"title": '"x"', "mean": '["good", "MR"]'},
+            "mean: direction is to be that of its columns; here are",
+        ),
+        (
+            {"title": '"x"', "mean": '["MR"]', "unit": '"%"'},
+            "mean: unit is to be that of its columns; here are",
+        ),
+    ):
+        with pytest.raises(UserError) as caught:
+            board_of(tmp_path, text + column_text(**keys))
+        assert message in str(caught.value)
+
+
+def test_a_size_may_have_the_value_of_a_column(tmp_path: Path) -> None:
+    text = AXES + BOARD.replace("[sizes.debug]\n", '[sizes.debug]\naxes = { data = ["tiny"] }\n')
+    board = board_of(tmp_path, text + column_text(score='"a/s"', title='"T"', at="{ data = 'tiny' }"))
+    assert board.columns[-1].key == "a/s@data=tiny"
 
 
 TUNING = '[tuning]\nseed = 9\nfactors = [0.5, 1, 2]\nscore = "rouge_l"\n[roles.teacher]'

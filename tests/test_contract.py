@@ -11,13 +11,14 @@ from kdbench import checks, registry
 from kdbench.errors import UserError
 
 METHODS = registry.names("distillers")
-PLUGIN = str(Path(__file__).parent / "plugins" / "tempered_kd.py")
+PLUGINS = sorted(str(path) for path in (Path(__file__).parent / "plugins").glob("*.py"))
+QUICK = {"prompt_distiller": {"probe_steps": 3}}  # settings that shorten what a method prepares
 
 
 @pytest.mark.parametrize("law", list(checks.LAWS))
-@pytest.mark.parametrize("method", [*METHODS, PLUGIN], ids=registry.stem)
+@pytest.mark.parametrize("method", [*METHODS, *PLUGINS], ids=registry.stem)
 def test_method_keeps_law(method: str, law: str) -> None:
-    for result in checks.check(method, only=[law]):
+    for result in checks.check(method, QUICK.get(method), only=[law]):
         assert result.status == "pass", checks.render([result])
 
 
@@ -84,16 +85,52 @@ def loss(self, batch, step):
     return token_mean(cross_entropy(predict(self.student, batch)), batch)
 """
 
+CLASSES_HEAD = '''
+"""A method that is wrong on purpose."""
 
-def plugin(folder: Path, body: str, *, init: str = "", plain: bool = True) -> str:
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from kdbench.classify import all_states, class_logits, classified
+from kdbench.distiller import Batch, Distiller, Group, Store, example_mean
+
+
+class Wrong(Distiller):
+'''
+
+CLASSES_PLAIN = """
+head = "{head}"
+needs = ("example_id", "class_label", {needs})
+
+def values(self, batch):
+    return cross_entropy(class_logits(self.student, batch), batch["class_label"], reduction="none")
+
+def soft(self, batch, p):
+    return cross_entropy(class_logits(self.student, batch), p.softmax(-1), reduction="none")
+
+def loss(self, batch, step):
+    return example_mean(self.values(batch), batch)
+"""
+NEEDS = {
+    "masked_lm": ("input_ids", "length", "mask_index", "verbalizer_ids"),
+    "sequence": ("input_ids", "length", "segment_ids"),
+}
+
+
+def plugin(folder: Path, body: str, *, init: str = "", plain: bool = True, head: str = "causal_lm") -> str:
     """Write a method with these members and return its path; `init` follows the constructor of the base."""
     parts = [PLAIN] if plain else []
+    if head != "causal_lm":
+        needs = [prefix + name for prefix in ("", "teacher.") for name in NEEDS[head]]
+        parts = [CLASSES_PLAIN.format(head=head, needs=", ".join(map(repr, needs)))]
     if init:
-        head = "def __init__(self, cfg, student, teacher):\n    super().__init__(cfg, student, teacher)\n"
-        parts.append(head + textwrap.indent(textwrap.dedent(init), "    "))
+        above = "def __init__(self, cfg, student, teacher):\n    super().__init__(cfg, student, teacher)\n"
+        parts.append(above + textwrap.indent(textwrap.dedent(init), "    "))
     parts.append(textwrap.dedent(body))
     path = folder / "wrong.py"
-    path.write_text(HEAD + textwrap.indent("\n".join(parts), "    "))
+    above = HEAD if head == "causal_lm" else CLASSES_HEAD
+    path.write_text(above + textwrap.indent("\n".join(parts), "    "))
     return str(path)
 
 
@@ -341,6 +378,261 @@ def test_law_catches(name: str, tmp_path: Path) -> None:
     assert {law.name for law in laws if law.status == "fail"} == expected, checks.render(laws)
 
 
+BROKEN_CLASSES: dict[str, tuple[list[str], set[str], dict[str, str]]] = {
+    "nothing": (["masked_lm", "sequence"], set(), {"body": ""}),
+    "loss_averaged_per_micro_batch": (
+        ["masked_lm", "sequence"],
+        {"micro_batch"},
+        {
+            "body": """
+            def loss(self, batch, step):
+                return self.values(batch).mean()
+            """
+        },
+    ),
+    "padding_is_attended_to": (
+        ["masked_lm", "sequence"],
+        {"padding"},
+        {
+            "body": """
+            def values(self, batch):
+                ids = batch["input_ids"]
+                out = self.student(input_ids=ids, attention_mask=(ids != 0).long()).logits
+                if "mask_index" in batch:
+                    out = out[torch.arange(len(out)), batch["mask_index"]].gather(1, batch["verbalizer_ids"])
+                return cross_entropy(out, batch["class_label"], reduction="none")
+            """
+        },
+    ),
+    "states_averaged_over_padding": (
+        ["masked_lm"],
+        {"micro_batch"},  # each is as wide as its longest row
+        {
+            "body": """
+            def loss(self, batch, step):
+                states = all_states(self.student, batch).states[1].square().mean((1, 2))
+                return example_mean(self.values(batch) + states, batch)
+            """
+        },
+    ),
+    "padding_of_the_teacher_is_read": (
+        ["sequence"],
+        {"padding"},
+        {
+            "body": """
+            def loss(self, batch, step):
+                beyond = (batch["teacher.input_ids"] > 1).sum(1)
+                return example_mean(self.values(batch) * beyond, batch)
+            """
+        },
+    ),
+    "negatives_are_the_rows_beside": (
+        ["masked_lm", "sequence"],
+        {"micro_batch", "order"},
+        {
+            "body": """
+            def loss(self, batch, step):
+                states = classified(self.student, batch).states[:, -1]
+                like = (states * states.roll(1, 0).detach()).mean(1)
+                return example_mean(self.values(batch) + like, batch)
+            """
+        },
+    ),
+    "teacher_in_train_mode": (
+        ["masked_lm", "sequence"],
+        {"frozen_eval", "deterministic", "micro_batch", "order"},
+        {
+            "body": """
+            def loss(self, batch, step):
+                self.teacher.train()
+                with torch.no_grad():
+                    p = class_logits(self.teacher, batch.of("teacher"))
+                return example_mean(self.soft(batch, p), batch)
+            """
+        },
+    ),
+    "cache_in_an_attribute": (
+        ["masked_lm", "sequence"],
+        {"resume"},
+        {
+            "init": "self.cache = {}",
+            "body": """
+            def prepare(self, data, step):
+                for rows in data.batches("train"):
+                    with torch.no_grad():
+                        p = class_logits(self.teacher, rows.of("teacher"))
+                    self.cache.update(zip(rows["example_id"].tolist(), p))
+
+            def loss(self, batch, step):
+                p = torch.stack([self.cache[i] for i in batch["example_id"].tolist()])
+                return example_mean(self.soft(batch, p), batch)
+            """,
+        },
+    ),
+    "cache_in_a_buffer_of_another_shape": (
+        ["masked_lm"],
+        {"resume"},
+        {
+            "init": "self.register_buffer('cache', torch.zeros(1))",
+            "body": """
+            def prepare(self, data, step):
+                with torch.no_grad():
+                    found = [class_logits(self.teacher, rows.of("teacher")) for rows in data.batches("train")]
+                self.cache = torch.cat(found)
+            """,
+        },
+    ),
+    "cache_that_depends_on_its_batch": (
+        ["masked_lm"],
+        {"rollouts"},
+        {
+            "body": """
+            def prepare(self, data, step):
+                found = []
+                for rows in data.batches("train"):
+                    with torch.no_grad():
+                        p = class_logits(self.teacher, rows.of("teacher"))
+                    found.append(rows.replace(p=p - p.mean()))
+                return {"train": Batch.cat(found)}
+
+            def loss(self, batch, step):
+                return example_mean(self.soft(batch, batch["p"] * class_logits(self.student, batch)), batch)
+            """
+        },
+    ),
+    "student_updated_in_prepare": (
+        ["masked_lm", "sequence"],
+        {"fields"},
+        {
+            "body": """
+            def prepare(self, data, step):
+                step.update("student", self.loss, next(data.batches("train")))
+            """
+        },
+    ),
+    "student_changed_in_prepare": (
+        ["masked_lm"],
+        {"isolated"},
+        {
+            "body": """
+            def prepare(self, data, step):
+                with torch.no_grad():
+                    next(self.student.parameters()).mul_(0.9)
+            """
+        },
+    ),
+    "probe_set_while_the_student_trains": (
+        ["sequence"],
+        {"isolated"},
+        {
+            "init": "self.probe = nn.Linear(3, 3)",
+            "body": """
+            def groups(self):
+                return {
+                    "student": Group(self.student.named_parameters(prefix="student")),
+                    "probe": Group(self.probe.named_parameters(prefix="probe")),
+                }
+
+            def train_step(self, batch, step):
+                step.update("probe", self.probed, batch)
+                with torch.no_grad():
+                    self.probe.weight.mul_(0.9)
+                step.update("student", self.loss, batch)
+
+            def probed(self, batch, step):
+                logits = self.probe(class_logits(self.student, batch).detach())
+                return example_mean(cross_entropy(logits, batch["class_label"], reduction="none"), batch)
+            """,
+        },
+    ),
+    "mask_of_another_model": (
+        ["masked_lm"],
+        {"targets"},
+        {
+            "body": """
+            def loss(self, batch, step):
+                place = torch.minimum(batch["teacher.mask_index"], batch["length"] - 1)
+                return example_mean(self.values(batch.replace(mask_index=place)), batch)
+            """
+        },
+    ),
+    "second_token_classified": (
+        ["sequence"],
+        {"targets"},
+        {
+            "body": """
+            def values(self, batch):
+                logits = self.student.classifier(all_states(self.student, batch).states[-1][:, 1])
+                return cross_entropy(logits, batch["class_label"], reduction="none")
+            """
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "head"), [(name, head) for name, (heads, _, _) in BROKEN_CLASSES.items() for head in heads]
+)
+def test_law_catches_in_other_heads(name: str, head: str, tmp_path: Path) -> None:
+    _, expected, parts = BROKEN_CLASSES[name]
+    laws = checks.check(plugin(tmp_path, **parts, head=head), only=FAST)
+    assert {law.name for law in laws if law.status == "fail"} == expected, checks.render(laws)
+
+
+def test_probes_may_be_set_in_prepare_to_the_best_of_several(tmp_path: Path) -> None:
+    init = "self.probe = nn.Linear(3, 3)"
+    body = """
+    def groups(self):
+        return {
+            "student": Group(self.student.named_parameters(prefix="student")),
+            "probe": Group(self.probe.named_parameters(prefix="probe")),
+        }
+
+    def prepare(self, data, step):
+        rows = Batch.cat(list(data.batches("train")))
+        for number in range(3):
+            step.update("probe", self.probed, rows)
+            if number == 1:
+                best = {name: value.clone() for name, value in self.probe.state_dict().items()}
+        self.probe.load_state_dict(best)
+
+    def probed(self, batch, step):
+        logits = self.probe(class_logits(self.teacher, batch.of("teacher")))
+        return example_mean(cross_entropy(logits, batch["class_label"], reduction="none"), batch)
+    """
+    laws = checks.check(plugin(tmp_path, body, init=init, head="sequence"), only=FAST)
+    assert {law.status for law in laws} == {"pass"}, checks.render(laws)
+
+
+def test_rows_of_every_set_have_the_fields_needed(tmp_path: Path) -> None:
+    body = """
+    def prepare(self, data, step):
+        for name, least in (("train", 0), ("dev", 0), ("unlabeled", -1)):
+            rows = Batch.cat(list(data.batches(name)))
+            assert sorted(rows) == sorted({"example_id", *self.needs}), sorted(rows)
+            assert len(set(rows["example_id"].tolist())) == rows.size
+            assert rows["class_label"].min() == least
+            for role in ("student", "teacher"):
+                own = rows.of(role)
+                place = torch.arange(rows.size), own["mask_index"]
+                mask = getattr(self, role).config.mask_token_id
+                assert (own["input_ids"][place] == mask).all()
+                assert ((own["input_ids"] == mask).sum(1) == 1).all()
+                assert (own["mask_index"] > 0).all() and (own["mask_index"] < own["length"] - 1).all()
+            assert not torch.equal(rows["length"], rows["teacher.length"])
+    """
+    laws = checks.check(plugin(tmp_path, body, head="masked_lm"), only=["fields"])
+    assert {law.status for law in laws} == {"pass"}, checks.render(laws)
+
+
+def test_models_may_share_the_students_tokenizer() -> None:
+    settings = {"mode": "full"}
+    with pytest.raises(UserError, match="was given vocabularies of 50 and 61 tokens"):
+        checks.check("tinybert_ft", settings, only=["roles"])
+    laws = checks.check("tinybert_ft", settings, only=FAST, shared_tokenizer=True)
+    assert {law.status for law in laws} == {"pass"}, checks.render(laws)
+
+
 def test_processes_catches_sums_of_one_process(tmp_path: Path) -> None:
     body = """
     def train_step(self, batch, step):
@@ -395,7 +687,7 @@ def test_failure_of_a_process_is_told_with_its_line(tmp_path: Path) -> None:
         (
             "def prepare(self, data, step):\n    return {'dev': next(data.batches('dev'))}",
             "fields",
-            "prepare may return 'train' only, not dev",
+            "prepare may return rows of train, lm, unlabeled, not of dev",
         ),
         (
             "def prepare(self, data, step):\n"

@@ -62,7 +62,7 @@ def test_the_papers_sets_are_known_with_their_splits() -> None:
     assert known["unni"].files["test"].local is None
     assert known["unni-short"].hub is None
     for one in known.values():
-        assert one.kind in ("instruct", "text")
+        assert one.kind in ("instruct", "text", "classify")
         assert one.source
         assert one.licence
         assert all(len(file.sha256) == 64 for file in one.files.values() if file.local)

@@ -13,13 +13,23 @@ from transformers import PreTrainedTokenizerFast
 from kdbench.distiller import target_mask
 from kdbench.errors import UserError
 from kdbench.task import template
-from kdbench.tasks.text import Text
+from kdbench.tasks.text import MASKED_LM_FIELDS, Text
 
 REAL = os.environ.get("KDBENCH_DATA_ROOT")
 
 
 def text(*corpora: str, root: Path | None = None, **more: Any) -> Text:
     return Text(Text.Settings(corpora=list(corpora), **more), root)
+
+
+@pytest.fixture
+def marked_tokenizer(tiny_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tiny tokenizer with CLS and SEP; its end-of-text token is neither."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tiny_tokenizer.backend_tokenizer, eos_token="<eos>", unk_token="<unk>"
+    )
+    tokenizer.add_special_tokens({"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"})
+    return tokenizer
 
 
 @pytest.fixture
@@ -70,6 +80,82 @@ def test_chunks_are_the_text_with_eos_after_each_document(
     assert torch.equal(target_mask(batch).sum(1), batch["length"] - 1)
 
 
+def test_chunks_between_marks_are_the_same_stream(
+    words: Path, tmp_path: Path, marked_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("green " * 9 + "cat", encoding="utf-8")
+    task = text(str(words), str(other), max_length=64)
+    encoder = task.encoder(marked_tokenizer, "masked_lm")
+    cls, sep, pad = (getattr(marked_tokenizer, f"{name}_token_id") for name in ("cls", "sep", "pad"))
+    plain = task.encoder(marked_tokenizer)
+    assert (encoder.longest(100), plain.longest(100)) == (64, 100)
+    assert encoder.key != plain.key
+    for split in task.splits():
+        rows = task.rows(split, encoder)
+        stream = [
+            i
+            for document in task.texts(split)
+            for i in [*marked_tokenizer(document, add_special_tokens=False)["input_ids"], sep]
+        ]
+        cut = [stream[i : i + 62] for i in range(0, len(stream), 62)]
+        cut = [ids[:-1] if ids[-1] == sep else ids for ids in cut]
+        assert [row["ids"].tolist() for row in rows] == [[cls, *ids, sep] for ids in cut if ids]
+        assert task.counts[split]["tokens"] == sum(len(row["ids"]) for row in rows)
+    rows = task.rows("train", encoder)
+    batch = task.collate([rows[0], rows[-1]], {"student": encoder})
+    assert tuple(batch) == MASKED_LM_FIELDS == task.fields_of("masked_lm")
+    assert set(task.fields_of("causal_lm")) == set(task.collate(rows[:1], {"student": plain}))
+    assert batch["length"].tolist() == [64, len(rows[-1]["ids"])]
+    assert batch["cloze_index"].tolist() == [-1, -1]
+    assert (batch["input_ids"][1, len(rows[-1]["ids"]) :] == pad).all()
+
+
+def test_a_tokenizer_without_marks_is_refused(words: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match="it has no cls token; set cls_token in its tokenizer_config.json"):
+        text(str(words)).encoder(tiny_tokenizer, "masked_lm")
+
+
+@pytest.mark.parametrize("head", ["causal_lm", "masked_lm"])
+def test_a_sentence_is_a_chunk_of_its_own(
+    head: str, tmp_path: Path, marked_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    (tmp_path / "lines.txt").write_text("one two\n\nred\nblue green\n \nthree " + "cat " * 9 + "dog ." * 30)
+    (tmp_path / "plain.txt").write_text("red blue\ngreen\n" + "dog " * 30)
+    task = text(str(tmp_path / "lines.txt"), str(tmp_path / "plain.txt"), max_length=7, sentences=True)
+    rows = task.rows("train", task.encoder(marked_tokenizer, head))
+    eos = marked_tokenizer.sep_token_id if head == "masked_lm" else marked_tokenizer.eos_token_id
+    found = [marked_tokenizer.convert_ids_to_tokens(row["ids"].tolist()) for row in rows]
+    first = [["one", "two"], ["red", "blue", "green"]]
+    end = marked_tokenizer.convert_ids_to_tokens(eos)
+    start = ["[CLS]"] if head == "masked_lm" else []
+    assert found[:2] == [[*start, *ids, end] for ids in first]
+    room = 5 if head == "masked_lm" else 7
+    long = ["three", *["cat"] * 9][:room]  # goes on in the next chunk
+    assert found[2] == [*start, *long, *([end] if head == "masked_lm" else [])]
+    short = [ids for ids in found if ids[-1] == end and ids[len(start)] in ("red", "green")]
+    assert [*start, "red", "blue", end] in short
+    assert [*start, "green", end] in short, "lines, where no line is blank"
+    assert max(map(len, found)) == 7
+
+
+def test_classified_sentences_as_text_without_their_labels(tmp_path: Path) -> None:
+    folder = tmp_path / "classify"
+    for name, row in (
+        ("sst2", {"text": "red cat .", "label": "negative"}),
+        ("mnli", {"text_a": "A dog .", "text_b": "A cat .", "label": "neutral"}),
+    ):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "train.jsonl").write_text("\n".join([json.dumps(row)] * 40), encoding="utf-8")
+    (folder / "sst2/dev.jsonl").write_text(json.dumps({"text": "unseen", "label": "negative"}))
+    task = text(classify=["sst2", "mnli"], root=tmp_path, dev_share=0.1)
+    assert set(task.texts("train")) == {"red cat .", "A dog . A cat ."}
+    assert set(task.texts("dev")) == {"red cat .", "A dog . A cat ."}
+    assert len([*task.texts("train"), *task.texts("dev")]) == 80
+    assert task.origins["train"]["corpora"] == ["sst2", "mnli"]
+    assert next(text(classify=[str(folder / "sst2/dev.jsonl")]).texts("dev")) == "unseen"
+
+
 def test_documents_of_a_named_corpus(tmp_path: Path) -> None:
     folder = tmp_path / "text/inaugural"
     folder.mkdir(parents=True)
@@ -97,6 +183,10 @@ def test_revision_follows_content_and_settings(words: Path) -> None:
     assert text(str(words)).revision == first
     assert text(str(words), max_length=64).revision != first
     assert text(str(words), limit=500).revision != first
+    assert text(str(words), sentences=True).revision != first
+    assert text(str(words), whole_words=["great"]).revision != first
+    assert text(str(words), whole_words=["great"]).whole_words == ["great"]
+    assert text(str(words), sentences=False, whole_words=[], classify=[]).revision == first
     words.write_text(words.read_text() + "more", encoding="utf-8")
     assert text(str(words)).revision != first
 
@@ -110,6 +200,9 @@ def test_revision_follows_content_and_settings(words: Path) -> None:
         (["grimm"], {"root": "."}, "'grimm': .* lacks text/grimm/tales.txt; its source is https"),
         ([], {"instruct": ["unni"]}, "'unni' has no local train split"),
         ([], {}, "no data: name a corpus"),
+        ([], {"classify": ["sst3"]}, "no data set 'sst3'. Did you mean 'sst2'?"),
+        ([], {"classify": ["sst2"]}, "'sst2' needs a data folder"),
+        (["grimm"], {"whole_words": ["very good"]}, "whole_words: 'very good' is not one word"),
         (["grimm"], {"dev_share": 1.0}, "dev_share must lie between 0 and 1"),
         (["grimm"], {"max_length": 1}, "max_length must be at least 2"),
     ],

@@ -2,12 +2,17 @@
 
 Documents are tokenised, joined with EOS after each, and cut into chunks of `max_length` tokens, as GPT-2
 style pretraining data usually is. A chunk is a batch row with a prompt of one token, so that the ordinary
-supervised loss trains on every other token.
+supervised loss trains on every other token. For a masked language model the same stream, with SEP between
+documents, is cut two tokens shorter, and each chunk stands between CLS and SEP.
+
+Source: chunks that cross documents, parted by a separator, are the FULL-SENTENCES of Liu et al. 2019
+(RoBERTa), https://arxiv.org/abs/1907.11692, sec. 4.2. Differs: a chunk may begin or end within a sentence.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,22 +20,54 @@ from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from kdbench import data
 from kdbench.distiller import Batch
 from kdbench.errors import UserError, unknown
-from kdbench.task import Encoder, Row, Task, causal_lm_batch, template
+from kdbench.task import Encoder, Row, Task, causal_lm_batch, template, tokenizer_hash
+
+MASKED_LM_FIELDS = ("example_id", "input_ids", "length", "cloze_index")
+
+
+class MarkedEncoder(Encoder):
+    """An encoder of chunks that stand between a tokenizer's CLS and SEP, both counted in `max_length`.
+
+    Raises: UserError when the tokenizer lacks one of them, or `max_length` leaves no room between.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        marks: list[int] = []
+        for name in ("cls", "sep"):
+            token = getattr(tokenizer, f"{name}_token_id", None)
+            if token is None:
+                raise UserError(
+                    f"tokenizer: it has no {name} token; set {name}_token in its tokenizer_config.json"
+                )
+            marks.append(int(token))
+        if max_length < 3:
+            raise UserError(f"task text: max_length must be at least 3 tokens with marks, is {max_length}")
+        pad: Any = tokenizer.pad_token_id
+        self.tokenizer = tokenizer
+        self.max_prompt = self.max_length = max_length
+        self.cls, self.eos = marks
+        self.pad = self.eos if pad is None else int(pad)
+        self.key = f"{tokenizer_hash(tokenizer)[:16]}-{marks}-{max_length}"
+
+    def longest(self, new_tokens: int) -> int:
+        return self.max_length
 
 
 class Text(Task):
-    """Train and dev chunks of text corpora, and of instruction sets written out as text.
+    """Train and dev chunks of text corpora, and of instruction and classification sets written out as text.
 
     The last `dev_share` of each corpus is dev. `rows(split)` gives documents, `rows(split, encoder)` chunks.
     """
 
     name: ClassVar[str] = "text"
+    heads: ClassVar[tuple[str, ...]] = ("causal_lm", "masked_lm")
 
     @dataclass
     class Settings:
@@ -52,7 +89,14 @@ class Text(Task):
         instruct: list[str] = field(
             default_factory=list
         )  # train parts of instruction sets, such as t0; or JSONL files
-        max_length: int = 512  # tokens of a chunk
+        classify: list[str] = field(
+            default_factory=list
+        )  # train parts of classification sets, such as sst2, without their labels; or JSONL files
+        max_length: int = 512  # tokens of a chunk, CLS and SEP included where it has them
+        sentences: bool = False  # a chunk is (a part of) one paragraph, or line where none is blank
+        whole_words: list[str] = field(
+            default_factory=list
+        )  # words that a tokenizer trained on this text knows as one token each
         dev_share: float = 0.01  # of each corpus, by characters, from its end
         limit: int = 0  # characters of each corpus, from its beginning; 0: all
 
@@ -63,14 +107,24 @@ class Text(Task):
             raise UserError(f"task text: dev_share must lie between 0 and 1, is {cfg.dev_share}")
         if cfg.max_length < 2:
             raise UserError(f"task text: max_length must be at least 2 tokens, is {cfg.max_length}")
-        if not cfg.corpora and not cfg.instruct:
-            raise UserError("task text: no data: name a corpus in 'corpora' or a set in 'instruct'")
-        self._places = {name: self._locate(name, "text") for name in cfg.corpora}
-        self._places |= {name: self._locate(name, "instruct") for name in cfg.instruct}
+        if not cfg.corpora and not cfg.instruct and not cfg.classify:
+            raise UserError(
+                "task text: no data: name a corpus in 'corpora' or a set in 'instruct' or 'classify'"
+            )
+        for word in cfg.whole_words:
+            if len(word.split()) != 1 or word != word.strip():
+                raise UserError(f"task text: whole_words: '{word}' is not one word")
+        self.whole_words = list(cfg.whole_words)
+        named = {"text": cfg.corpora, "instruct": cfg.instruct, "classify": cfg.classify}
+        self._places = {
+            name: (kind, self._locate(name, kind)) for kind, names in named.items() for name in names
+        }
         self._chunks: dict[tuple[str, str], list[Row]] = {}
 
     def rules(self) -> list[Any]:
-        return [1, self.settings.max_length, self.settings.dev_share]
+        cfg = self.settings
+        rules = [1, cfg.max_length, cfg.dev_share]
+        return rules + ([cfg.sentences, cfg.whole_words] if cfg.sentences or cfg.whole_words else [])
 
     def splits(self) -> list[str]:
         return ["train", "dev"]
@@ -82,10 +136,10 @@ class Text(Task):
         """
         rows: list[Row] = []
         digest = hashlib.sha256()
-        for corpus, files in self._places.items():
+        for corpus, (kind, files) in self._places.items():
             documents = []
             for path, parted_by in files:
-                texts, sha256 = _documents(path, parted_by)
+                texts, sha256 = _documents(path, kind, parted_by)
                 documents += texts
                 digest.update(sha256.encode())
             if self.settings.limit:
@@ -100,17 +154,23 @@ class Text(Task):
         }
         return rows
 
-    def encoder(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    def encoder(self, tokenizer: PreTrainedTokenizerBase, head: str = "causal_lm") -> Encoder:
         """An encoder whose length limit is a chunk's; it has no use for a prompt's."""
-        return Encoder(tokenizer, 1, self.settings.max_length)
+        width = self.settings.max_length
+        return MarkedEncoder(tokenizer, width) if head == "masked_lm" else Encoder(tokenizer, 1, width)
+
+    def fields_of(self, head: str) -> tuple[str, ...]:
+        return MASKED_LM_FIELDS if head == "masked_lm" else self.fields
 
     def select(self, split: str, encoder: Encoder) -> list[Row]:
-        """The chunks of a split: rows with `ids`, int64 [max_length]; the last is shorter, and left out below
-        2.
+        """The chunks of a split: rows with `ids`, int64 [max_length] at most; one that holds a single token
+        is left out.
         """
         key = (split, encoder.key)
         if key not in self._chunks:
             texts = [row["text"] for row in self.rows(split)]
+            if self.settings.sentences:
+                texts = [part for text in texts for part in _paragraphs(text)]
             parts: list[npt.NDArray[np.int64]] = []
             step = 256
             for start in tqdm(
@@ -118,13 +178,11 @@ class Text(Task):
             ):
                 for ids in encoder.ids(texts[start : start + step]):
                     parts.append(np.asarray([*ids, encoder.eos], dtype=np.int64))
-            stream = np.concatenate(parts)
-            width = self.settings.max_length
-            cut = [stream[start : start + width] for start in range(0, len(stream), width)]
-            kept = [ids for ids in cut if len(ids) >= 2]
+            streams = parts if self.settings.sentences else [np.concatenate(parts)]
+            kept = [ids for stream in streams for ids in _chunks(stream, encoder)]
             if not kept:
                 raise UserError(
-                    f"task text: the {split} split holds {len(stream)} tokens, too few for a chunk"
+                    f"task text: the {split} split holds {sum(map(len, streams))} tokens, too few for a chunk"
                 )
             self._chunks[key] = [{"example_id": i, "split": split, "ids": ids} for i, ids in enumerate(kept)]
         chunks = self._chunks[key]
@@ -137,11 +195,16 @@ class Text(Task):
             yield row["text"]
 
     def collate(self, rows: Sequence[Row], encoders: Mapping[str, Encoder]) -> Batch:
-        """Chunks as a Batch: `prompt_length` 1, `length` the chunk's."""
-        ids = [row["ids"] for row in rows]
-        return causal_lm_batch(
-            [row["example_id"] for row in rows], ids, [1] * len(rows), encoders["student"].eos
-        )
+        """Chunks as a Batch: `length` the chunk's, and `prompt_length` 1 or, between marks, `cloze_index` -1
+        (no position is masked for certain).
+        """
+        encoder = encoders["student"]
+        ids, numbers = [row["ids"] for row in rows], [row["example_id"] for row in rows]
+        if not isinstance(encoder, MarkedEncoder):
+            return causal_lm_batch(numbers, ids, [1] * len(rows), encoder.eos)
+        batch = causal_lm_batch(numbers, ids, [1] * len(rows), encoder.pad)
+        kept = {name: value for name, value in batch.items() if name != "prompt_length"}
+        return Batch({**kept, "cloze_index": torch.full((len(rows),), -1)})
 
     def _locate(self, name: str, kind: str) -> list[tuple[Path, str | None]]:
         """The files of a corpus, and what parts their documents (None: nothing).
@@ -182,10 +245,37 @@ def _is_text(path: Path) -> bool:
     return path.is_file() and path.name.endswith((".txt", ".txt.gz"))
 
 
-def _documents(path: Path, parted_by: str | None) -> tuple[list[str], str]:
-    """The documents of a text or JSONL file and the sha256 of its bytes; instructions in the template,
-    answered.
+def _chunks(stream: npt.NDArray[np.int64], encoder: Encoder) -> list[npt.NDArray[np.int64]]:
+    """Token ids cut to the encoder's length; between marks, separators at the ends of a cut are left out."""
+    width = encoder.max_length - 2 * isinstance(encoder, MarkedEncoder)
+    cut = [stream[start : start + width] for start in range(0, len(stream), width)]
+    if not isinstance(encoder, MarkedEncoder):
+        return [ids for ids in cut if len(ids) >= 2]
+    found = []
+    for ids in cut:
+        text = np.flatnonzero(ids != encoder.eos)
+        if len(text):
+            inner = ids[text[0] : text[-1] + 1]
+            found.append(np.concatenate([[encoder.cls], inner, [encoder.eos]]))
+    return found
+
+
+def _paragraphs(text: str) -> list[str]:
+    """The parts of a document between blank lines; its lines, where none is blank."""
+    parts = re.split(r"\n\s*\n", text)
+    parts = parts if len(parts) > 1 else text.split("\n")
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _documents(path: Path, kind: str, parted_by: str | None) -> tuple[list[str], str]:
+    """The documents of a text or JSONL file and the sha256 of its bytes: instructions in the template,
+    answered; labelled sentences without their label, a pair in one line.
     """
+    if kind == "classify":
+        labelled, digest, _ = data.read_labelled(path)
+        return [
+            row["text"] if "text" in row else f"{row['text_a']} {row['text_b']}" for row in labelled
+        ], digest
     if path.name.removesuffix(".gz").endswith(".jsonl"):
         rows, digest = data.read_jsonl(path)
         answers = [row["output"] if isinstance(row["output"], str) else row["output"][0] for row in rows]
