@@ -263,6 +263,11 @@ def check_positions(
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and config.model_type in _POSITIONS_AFTER_PAD:
         positions -= int(tokenizer.pad_token_id) + 1
+        if positions <= 0:
+            raise UserError(
+                f"model {_name(spec)}: numbers positions from its padding id on, which is"
+                f" {tokenizer.pad_token_id} in its tokenizer; it needs one with a small padding id"
+            )
     if positions is not None and positions < tokens:
         raise UserError(
             f"model {_name(spec)}: has {positions} positions, the longest sequence takes {tokens};"
