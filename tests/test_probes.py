@@ -22,7 +22,11 @@ KINDS = ["head_copy", "linear", "frozen_head"]
 
 def model_of(family: str, layers: int = 4, classes: int = 3) -> Any:
     tiny = tiny_bert if family == "bert" else tiny_roberta
-    return tiny(3, "masked_lm", classes=classes, layers=layers)
+    model = tiny(3, "masked_lm", classes=classes, layers=layers)
+    head: Any = mlm_head(model)
+    with torch.no_grad():  # biases start at 0
+        getattr(head, "predictions", head).decoder.bias.copy_(torch.linspace(-1, 1, model.config.vocab_size))
+    return model
 
 
 def rows_of(family: str, classes: int = 3) -> Any:

@@ -2,15 +2,14 @@
 
 An extension of this project: Prompt-Distiller classifies texts, and leaves generation open in its sec. 4. T
 (`tuned`) is the teacher after fine-tuning on the labelled set X, T' (`pretrained`) the teacher before, S the
-student. Of the unlabelled set Xu the prompts alone are used. With n(i) the response positions of example i,
-q_jt and p_jt what the lens reads at position t off layer j of S and of the teacher, and a the temperature:
+student, z its logits and a the temperature. Of the unlabelled set Xu the prompts alone are used:
 
-    L        = CE(X) + lam1 [KD(X; T) + KD(Xu; T')] + lam2 [CPD(X; T) + CPD(Xu; T')]
-    CE       = -log q(reference response)                                    a token mean, as KD
-    KD       = a^2 KL(softmax(z_T / a) || softmax(z_S / a))
-    pbar_M(i)= mean over layers 1..L_M - 1 and over n(i) of softmax(head(norm(state)))
-    g(i, m)  = pbar_T(m) . pbar_S(i)
-    CPD      = mean over i of -log exp g(i, i) / (exp g(i, i) + sum_m exp g(i, m))
+    L         = CE(X) + lam1 [KD(X; T) + KD(Xu; T')] + lam2 [CPD(X; T) + CPD(Xu; T')]
+    CE        = -log q of the reference response, a token mean as KD
+    KD        = a^2 KL(softmax(z_T / a) || softmax(z_S / a))
+    pbar_M(i) = mean of softmax(head(norm(state))) over layers 1..L - 1 of M and the response positions of i
+    g(i, m)   = pbar_T(m) . pbar_S(i)
+    CPD       = mean over i of -log exp g(i, i) / (exp g(i, i) + sum_m exp g(i, m))
 
 over negatives m that are other examples of the same set. Rows without contrast are lam2 = 0, rows without Xu
 `unlabeled` = false; lam1 = lam2 = 0 is SFT, update for update.
@@ -29,7 +28,7 @@ Differs: all that follows.
 - CPD is the form "infonce", "cross" of prompt_distiller, for the printed one rewards disagreement.
 - Teachers' vectors pbar_T are computed once and kept in half precision, rows x V numbers of two bytes in
   memory and in each checkpoint. As pbar_S sums to 1, g is off by at most the largest rounding of an entry,
-  2^-12 of it.
+  2^-11 of it.
 - The teachers' logits are too many to keep: both teachers run in each step where lam1 > 0.
 """
 
