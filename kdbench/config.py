@@ -84,7 +84,10 @@ class TrainingConfig:
     eps: float = 1e-8
     weight_decay: float = 0.01
     # parameters whose name contains one of these are not decayed
-    no_decay: tuple[str, ...] = ("bias", "ln_f.weight", "ln_1.weight", "ln_2.weight", "ln_cross_attn")
+    no_decay: tuple[str, ...] = (
+        *("bias", "ln_f.weight", "ln_1.weight", "ln_2.weight", "ln_cross_attn"),  # GPT-2
+        *("LayerNorm.weight", "layer_norm.weight", "norm_weight"),  # BERT, RoBERTa, probes
+    )
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     warmup_steps: int = 0  # optimizer steps of linear increase
     min_lr_ratio: float = 0.0  # the lr at the end of the schedule, as a share of `lr`

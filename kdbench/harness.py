@@ -685,9 +685,10 @@ class SourceData:
         self._sources, self._size, self._device, self._progress = sources, batch_size, device, progress
 
     def batches(self, split: str, batch_size: int | None = None) -> Iterator[Batch]:
-        """Yield all rows of `split` in order. Raises: ValueError for an unknown split."""
+        """Yield all rows of `split` in order. Raises: UserError for a split that the board does not give."""
         if split not in self._sources:
-            raise ValueError(f"prepare: no rows '{split}'. Known: {', '.join(self._sources)}")
+            known = ", ".join(self._sources)
+            raise UserError(f"prepare: there are no rows '{split}'; known: {known}. Rows have `extra` sets.")
         source, size = self._sources[split], batch_size or self._size
         for start in tqdm(range(0, len(source), size), desc=f"prepare {split}", disable=not self._progress):
             yield source.batch(range(start, min(start + size, len(source)))).to(self._device)

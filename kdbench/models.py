@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 END = "<|endoftext|>"
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}  # left out, transformers asks the user
+TRAINED = 1  # raised when tokenizers are trained in another way
 WHOLE = 5000  # times that a word is shown to a tokenizer in training so that it becomes one token
 
 
@@ -152,8 +153,12 @@ def load_model(
     runs: Path | None = None,
     head: str = "causal_lm",
     settings: Mapping[str, Any] | None = None,
+    new_head: bool = True,
 ) -> PreTrainedModel:
     """The model in eval mode on the CPU; new weights (all, or those of a classifier) `seed` alone fixes.
+
+    `new_head`: whether a classifier may be new on pretrained weights, which only a model to be trained may
+    have.
 
     `vocab` is what `check_vocabularies` returned: ids from it on are left out of every distribution of a
     causal model (by `config.kdbench_vocab`), so that padded heads compare; its `config.eos_token_id` becomes
@@ -177,7 +182,7 @@ def load_model(
         if spec.architecture is not None:
             model = HEADS[head].auto.from_config(config).to(dtype)
         else:
-            model = _pretrained(spec, config, dtype, runs, HEADS[head])
+            model = _pretrained(spec, config, dtype, runs, HEADS[head], new_head)
     model.config.pad_token_id = int(tokenizer.pad_token_id)
     if HEADS[head].one_vocabulary:
         model.config.eos_token_id = int(tokenizer.eos_token_id)
@@ -426,7 +431,7 @@ def _trained(name: str, task: Task) -> PreTrainedTokenizerBase:
     if kind not in _KINDS or not size.isdigit() or int(size) < 300:
         known = ", ".join(f"train:{one}:<size>" for one in _KINDS)
         raise UserError(f"tokenizer '{name}': write {known} with a size of at least 300")
-    path = cache_dir() / "tokenizers" / f"{task.name}-{task.revision}-{kind}-{size}.json"
+    path = cache_dir() / "tokenizers" / f"{task.name}-{task.revision}-{kind}-{size}-{TRAINED}.json"
     if not path.is_file():
         _write(path, _train(kind, int(size), task))
     special = {f"{key}_token": token for key, token in _KINDS[kind].items()}
@@ -499,7 +504,12 @@ def _fresh_config(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, head: Hea
 
 
 def _pretrained(
-    spec: ModelSpec, config: PreTrainedConfig, dtype: torch.dtype, runs: Path | None, head: Head
+    spec: ModelSpec,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    runs: Path | None,
+    head: Head,
+    new_head: bool,
 ) -> PreTrainedModel:
     folder = _folder(spec.model, runs)
     loaded: Any
@@ -517,7 +527,7 @@ def _pretrained(
         raise _unavailable("model", spec.model, error) from error
     model, info = loaded
     missing = sorted(info["missing_keys"])
-    if head.new_head:
+    if head.new_head and new_head:
         trunk = f"{model.base_model_prefix}."
         missing = [name for name in missing if name.startswith(trunk) and ".pooler." not in name]
     if missing:

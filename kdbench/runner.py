@@ -53,6 +53,7 @@ class Plan:
         check_settings(self.method.Config, run.settings, registry.stem(run.method))
         self.materials = Materials(self.run, places)
         self._check_task()
+        self.materials.check_stages()
         self.materials.shared_vocabulary()
         self.code = registry.code_hash(registry.code_files(self.run.methods, self.run.tasks))
         keys = {role: self.materials.key(role) for role in self.run.roles}
@@ -80,6 +81,13 @@ class Plan:
             if name not in known:
                 raise UserError(
                     f"evaluation.sets: task {task.name} has no set '{name}'. Known: {', '.join(known)}."
+                )
+        for name, data in self.run.extra.items():
+            other = self.materials.task(data.task, data.task_settings)
+            if data.split not in other.splits():
+                raise UserError(
+                    f"extra.{name}: task {other.name} has no split '{data.split}'. "
+                    f"Known: {', '.join(other.splits())}."
                 )
         if self.run.evidence is not None and self.run.evidence.split not in task.splits():
             raise UserError(

@@ -153,16 +153,17 @@ class Materials:
         """Return the tokenizer of a role's model; one to be trained reads the text of its first stage."""
         spec, known = self.run.roles[role], self.places.tokenizers
         task = self._stage_task(spec.stages[0]) if spec.stages else self.task()
-        key = digest(spec.model, spec.tokenizer, spec.revision, spec.architecture is None, self._name(task))
+        told = [spec.model, spec.tokenizer, spec.revision, spec.architecture is None, self._name(task)]
+        key = digest(told, list(models.HEADS[self.head].special))
         if key not in known:
             known[key] = models.load_tokenizer(
                 spec, task, self.places.data_root, self.places.runs, self.head
             )
         return known[key]
 
-    def encoders(self, task: Task, head: str | None = None) -> dict[str, Encoder]:
-        """Return one encoder per role, for models with the head of the run's method or with another."""
-        return {role: task.encoder(self.tokenizer(role), head or self.head) for role in self.run.roles}
+    def encoders(self, task: Task) -> dict[str, Encoder]:
+        """Return one encoder per role, for models with the head of the run's method."""
+        return {role: task.encoder(self.tokenizer(role), self.head) for role in self.run.roles}
 
     def source(self, split: str, task: Task | None = None) -> TaskSource:
         """Return the rows of a split of a task, the run's own where none is given."""
@@ -217,6 +218,38 @@ class Materials:
             tokenizer, head = self.tokenizer(role), self.first_head(role)
             models.check_positions(spec, tokenizer, longest, self.places.runs, head)
 
+    def check_stages(self) -> None:
+        """Refuse stages that cannot be trained. Raises: UserError naming the role and the stage."""
+        for role, spec in self.run.roles.items():
+            for stage in spec.stages:
+                self._check_stage(f"roles.{role}: stage '{stage.name}'", stage, role)
+            last = self._heads(role)[-2:-1]
+            if role != "student" and models.HEADS[self.head].new_head and last not in ([], [self.head]):
+                raise UserError(
+                    f"roles.{role}: its last stage trained a {models.HEADS[last[0]].what}, {self.run.method} "
+                    f"needs a {models.HEADS[self.head].what}; let the row name another role"
+                )
+
+    def _check_stage(self, where: str, stage: Stage, role: str) -> None:
+        method, task = registry.load_distiller(stage.method), self._stage_task(stage)
+        if needed_roles(method) != ["student"] or method.prepare is not Distiller.prepare:
+            raise UserError(f"{where}: {stage.method} needs more than a student; train it as a run")
+        if method.head not in task.heads:
+            raise UserError(f"{where}: {stage.method} is a {method.head}, task {task.name} has none for it")
+        lacking = [name for name in method.needs if name not in task.fields_of(method.head)]
+        if lacking:
+            raise UserError(f"{where}: needs {', '.join(lacking)}, which task {task.name} does not give")
+        for split in (stage.split, *(["dev"] if stage.select is not None else [])):
+            if split not in task.splits():
+                raise UserError(f"{where}: task {task.name} has no split '{split}'")
+        if stage.select is not None and type(task).outputs is Task.outputs:
+            raise UserError(f"{where}: task {task.name} gives no answers to select by")
+        tokenizer = self.tokenizer(role)
+        longest = task.encoder(tokenizer, method.head).longest(0)
+        longest += stage_training(stage).position_offset
+        first = self.first_head(role)
+        models.check_positions(self.run.roles[role], tokenizer, longest, self.places.runs, first)
+
     def _heads(self, role: str) -> list[str]:
         """The head of a role's model before each of its stages, and at the end."""
         stages = self.run.roles[role].stages
@@ -239,7 +272,6 @@ class Materials:
 
     def _stage_key(self, before: str, stage: Stage, number: int) -> str:
         task = self._stage_task(stage)
-        others = needed_roles(registry.load_distiller(stage.method))
         code = registry.code_hash(
             registry.code_files([stage.method], [stage.task or self.run.task], stage=True)
         )
@@ -247,7 +279,6 @@ class Materials:
             "method": registry.stem(stage.method),
             "settings": stage.settings,
             "number": number,
-            "others": {role: self.key(role) for role in others if role != "student"},
             "split": stage.split,
             "training": {k: v for k, v in stage.training.items() if k not in _COSMETIC},
             "device": self.run.device.split(":")[0],
@@ -257,6 +288,8 @@ class Materials:
             evaluation = self.run.evaluation
             told["select"] = [to_dict(stage.select), to_dict(evaluation.decode), evaluation.limit]
             told["select"] += [evaluation.generation_seeds[0], evaluation.batch_size]
+            scoring = [registry.find("analyses", name) for name in self.run.analyses]
+            told["select"] += [self.run.analyses, registry.code_hash(scoring)]
         return digest(before, told, self.revision(task), code, dict(library_versions()), stage_seed(stage))
 
     def _stage_task(self, stage: Stage) -> Task:
@@ -323,7 +356,14 @@ class Materials:
         tokenizer, vocab = self.tokenizer(role), self.shared_vocabulary()
         settings = (self.task() if stage is None else self._stage_task(stage)).model_settings()
         model: Any = models.load_model(
-            spec, tokenizer, seed, vocab=vocab, runs=self.places.runs, head=head, settings=settings
+            spec,
+            tokenizer,
+            seed,
+            vocab=vocab,
+            runs=self.places.runs,
+            head=head,
+            settings=settings,
+            new_head=stage is not None or role == "student",  # it is trained next
         )
         model.to(self.run.device)
         model.kdbench_encode = lambda text: list(tokenizer(text)["input_ids"])
@@ -440,6 +480,7 @@ class Materials:
                 told = {
                     "counters": trainer.counters,
                     "state": distiller.state,
+                    "group_updates": {name: one.updates for name, one in trainer.optimizers.items()},
                     "clock": spent(before, trainer.clock.state()),
                 }
                 (work / "prepared.json").write_text(json.dumps(told))
@@ -449,6 +490,8 @@ class Materials:
                 shared = {**trainer.shared_tensors(), **load_file(final / "shared.safetensors")}
                 trainer.load_tensors(shared, load_file(final / "own.safetensors"))
                 trainer.counters.update(told["counters"])
+                for name, count in told["group_updates"].items():
+                    trainer.optimizers[name].updates = count
                 distiller.state = told["state"]
                 trainer.clock.add(told["clock"])
         for path in final.glob("*.rows.safetensors"):
@@ -458,6 +501,9 @@ class Materials:
         """The identity of everything that `prepare` may read."""
         run, reads = self.run, distiller.prepare_reads
         settings = {k: v for k, v in run.settings.items() if reads is None or k in reads}
+        training: dict[str, Any] = {}
+        if set(distiller.groups()) - {"student"}:  # prepare may update them, by the optimizer's settings
+            training = {k: v for k, v in to_dict(run.training).items() if k not in _COSMETIC}
         code = registry.code_hash(registry.code_files([run.method], run.tasks, stage=True))
         return digest(
             registry.stem(run.method),
@@ -466,6 +512,8 @@ class Materials:
             dict(library_versions()),
             {role: self.key(role) for role in run.roles},
             self.revisions(),
+            {name: [data.task, data.task_settings, data.split] for name, data in run.extra.items()},
+            training,
             [run.seed, run.training.max_new_tokens, run.training.precision],
             [run.device.split(":")[0], run.threads, run.training.rollout_batch or run.training.batch_size],
         )

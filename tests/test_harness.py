@@ -18,6 +18,7 @@ from kdbench import harness
 from kdbench.clock import running
 from kdbench.config import TrainingConfig
 from kdbench.distiller import Batch, Distiller, Group, Step, Store, example_mean, freeze, token_mean
+from kdbench.errors import UserError
 from kdbench.harness import BatchSource, Diverged, Milestone, Order, Recorder, SourceData, Trainer, share
 from kdbench.processes import Processes
 
@@ -553,7 +554,7 @@ def test_prepare_reads_rows_in_order() -> None:
         [105, 106, 107],
     ]
     assert [batch.size for batch in data.batches("dev", 2)] == [2, 1]
-    with pytest.raises(ValueError, match="no rows 'test'. Known: train, dev"):
+    with pytest.raises(UserError, match="no rows .test.; known: train, dev"):
         next(data.batches("test"))
 
 

@@ -238,3 +238,17 @@ def test_real_corpora() -> None:
     share = sum(len(row["text"]) for row in dev) / sum(len(row["text"]) for row in [*train, *dev])
     assert abs(share - 0.01) < 0.001
     assert {row["corpus"] for row in dev} == {"brown", "inaugural", "grimm", "gutenberg"}
+
+
+def test_sentences_of_test_sets_are_not_pretrained_on(data_root: Path) -> None:
+    """Sentences of SST-2's and MR's tests stand in the train part of the other set."""
+    task = Text(Text.Settings(corpora=[], classify=["sst2", "mr"]), data_root)
+    letters = lambda text: "".join(c for c in text.lower() if c.isalnum())
+    held = set()
+    for name in ("sst2/dev", "mr/test"):
+        path = data_root / "classify" / f"{name}.jsonl"
+        held |= {letters(json.loads(line)["text"]) for line in path.read_text().splitlines()}
+    assert len(held) > 2000
+    texts = [row["text"] for split in ("train", "dev") for row in task.rows(split)]
+    assert len(texts) > 10_000
+    assert not [text for text in texts if letters(text) in held]

@@ -29,7 +29,7 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from kdbench.errors import unknown
-from kdbench.tasks.tiny_instruct import Rng, stable_hash
+from kdbench.tasks._draws import Rng, stable_hash
 
 # --------------------------------------------------------------------------------------------------
 # words

@@ -15,6 +15,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -129,6 +130,22 @@ class Text(Task):
     def splits(self) -> list[str]:
         return ["train", "dev"]
 
+    @cached_property
+    def held_out(self) -> frozenset[str]:
+        """The sentences of the test sets of all sets in `classify`, as `_letters` gives them.
+
+        The sets share sentences: those of one set's test may stand in the train part of another.
+        """
+        known, found = data.known("classify"), set()
+        for name in self.settings.classify:
+            for split, file in known[name].files.items() if name in known and self.data_root else ():
+                path = data.local_file(self.data_root, file.local) if file.local else None
+                if split.startswith("test") and path is not None:
+                    found |= {
+                        _letters(text) for row in data.read_labelled(path)[0] for text in _sentences(row)
+                    }
+        return frozenset(found)
+
     def load(self, split: str) -> list[Row]:
         """The documents of a split: rows with `corpus` and `text`.
 
@@ -139,7 +156,7 @@ class Text(Task):
         for corpus, (kind, files) in self._places.items():
             documents = []
             for path, parted_by in files:
-                texts, sha256 = _documents(path, kind, parted_by)
+                texts, sha256 = _documents(path, kind, parted_by, self.held_out)
                 documents += texts
                 digest.update(sha256.encode())
             if self.settings.limit:
@@ -267,15 +284,26 @@ def _paragraphs(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def _documents(path: Path, kind: str, parted_by: str | None) -> tuple[list[str], str]:
+def _sentences(row: Row) -> list[str]:
+    """The one or two sentences of a labelled row."""
+    return [row["text"]] if "text" in row else [row["text_a"], row["text_b"]]
+
+
+def _letters(text: str) -> str:
+    """Letters and digits alone, in lower case: what copies of a sentence have in common."""
+    return "".join(letter for letter in text.lower() if letter.isalnum())
+
+
+def _documents(
+    path: Path, kind: str, parted_by: str | None, held_out: frozenset[str]
+) -> tuple[list[str], str]:
     """The documents of a text or JSONL file and the sha256 of its bytes: instructions in the template,
-    answered; labelled sentences without their label, a pair in one line.
+    answered; labelled sentences without their label, a pair in one line, none that is held out.
     """
     if kind == "classify":
         labelled, digest, _ = data.read_labelled(path)
-        return [
-            row["text"] if "text" in row else f"{row['text_a']} {row['text_b']}" for row in labelled
-        ], digest
+        rows = map(_sentences, labelled)
+        return [" ".join(row) for row in rows if held_out.isdisjoint(map(_letters, row))], digest
     if path.name.removesuffix(".gz").endswith(".jsonl"):
         rows, digest = data.read_jsonl(path)
         answers = [row["output"] if isinstance(row["output"], str) else row["output"][0] for row in rows]

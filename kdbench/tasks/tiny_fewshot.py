@@ -19,7 +19,7 @@ from kdbench.errors import UserError, unknown
 from kdbench.few_shot import FewShotTask
 from kdbench.task import Row
 from kdbench.tasks import _tiny_fewshot_world as world
-from kdbench.tasks.tiny_instruct import Rng, stable_hash
+from kdbench.tasks._draws import Rng, stable_hash
 
 
 class TinyFewShot(FewShotTask):

@@ -22,7 +22,7 @@ from kdbench.distiller import Batch
 from kdbench.errors import unknown
 from kdbench.task import Row, Task, tokenizer_hash
 from kdbench.tasks import _tiny_fewshot_world as world
-from kdbench.tasks.tiny_instruct import Rng, stable_hash
+from kdbench.tasks._draws import Rng, stable_hash
 
 
 class LineEncoder:
