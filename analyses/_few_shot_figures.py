@@ -1,7 +1,8 @@
 """Figures of the few-shot analysis: PNG and SVG, with 95 % intervals, readable in greyscale.
 
     accuracy                   a panel per test set, and their mean: every row, its draws as small dots
-    ablation                   the same of a method's rows that differ in settings, the full one first
+    ablation                   the same of a method's rows that differ in settings, the full one first, and of
+                               the other methods
     accuracy_over_k            runs that differ in K
     accuracy_over_student_size runs that differ in the student
     probes-<row>               accuracy of the probe on each layer, a line per bank

@@ -97,9 +97,9 @@ def _ablation(one: Ablation) -> list[str]:
 def _curves(curves: Sequence[Curve], label: str) -> list[str]:
     lines: list[str] = []
     for name in dict.fromkeys(name for curve in curves for name in curve.points):
-        found = {curve.title: dict(curve.points[name]) for curve in curves if name in curve.points}
-        places = sorted({x for points in found.values() for x in points})
-        cells = [[title, *(number(points.get(x)) for x in places)] for title, points in found.items()]
+        found = [(curve.title, dict(curve.points[name])) for curve in curves if name in curve.points]
+        places = sorted({x for _, points in found for x in points})
+        cells = [[title, *(number(points.get(x)) for x in places)] for title, points in found]
         lines += [""] * bool(lines) + _table([f"{name}, {label}", *map(short, places)], cells)
     return lines
 

@@ -26,6 +26,8 @@ VERSION = 1
 NAME = "few_shot"
 _PROBES = "method/probe_accuracy/"
 _RESAMPLES = 2000
+_CONDITIONS = ("task_settings", "training", "select", "roles", "extra")
+_DRAWN = ("k", "dataset", "draw", "seed")
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class Row:
     settings: str  # as JSON
     k: int | None
     student: str  # which model the student is, as JSON
+    conditions: dict[str, Any]  # what else of its configuration moves numbers, without what draws differ in
     runs: dict[str, dict[int, Run]] = field(default_factory=dict)
 
     @property
@@ -236,7 +239,8 @@ def difference(one: Row, other: Row, name: str) -> Estimate | None:
 
 # --------------------------------------------------------------------------------------------------- all rows
 def rows(runs: RunFolder | Sequence[RunFolder]) -> list[Row]:
-    """The rows of scored runs, in the order given.
+    """The rows of scored runs, in the order given; where they are of several boards or sizes, each is named
+    with its own.
 
     Raises: RecordError where a run has no scores of this version.
     """
@@ -256,7 +260,15 @@ def rows(runs: RunFolder | Sequence[RunFolder]) -> list[Row]:
         run = Run(folder, record, arrays)
         for name in run.detail["sets"]:
             row.runs.setdefault(name, {})[record.seed] = run
-    return list(found.values())
+    made = list(found.values())
+    for what in ("size", "board"):
+        if len({getattr(row, what) for row in made}) > 1:
+            made = [_told_apart(row, str(getattr(row, what))) for row in made]
+    return made
+
+
+def _told_apart(row: Row, text: str) -> Row:
+    return replace(row, name=file_name(f"{row.name}-{text}"), title=f"{row.title}, {text}")
 
 
 def _empty_row(record: RunRecord, axes: dict[str, Any]) -> Row:
@@ -275,7 +287,15 @@ def _empty_row(record: RunRecord, axes: dict[str, Any]) -> Row:
         settings=json.dumps(config.get("settings", {}), sort_keys=True),
         k=config.get("task_settings", {}).get("k"),
         student=json.dumps(student or record.models["student"].name, sort_keys=True),
+        conditions={name: _kept(config.get(name)) for name in _CONDITIONS},
     )
+
+
+def _kept(value: Any) -> Any:
+    """A part of a configuration without K, data set, draw and seeds."""
+    if isinstance(value, Mapping):
+        return {key: _kept(one) for key, one in value.items() if key not in _DRAWN}
+    return [_kept(one) for one in value] if isinstance(value, list) else value
 
 
 def file_name(text: str) -> str:
@@ -303,26 +323,21 @@ class Ablation:
         return [self.full, *self.others, *self.beside]
 
 
-BESIDE = ("prompt_kd", "student_pt")
-
-
 def ablations(rows: Sequence[Row]) -> list[Ablation]:
     """The methods that have rows with several settings at one K and for one student, with these rows.
 
-    The full row is the one that is named like its method, else the first.
+    The full row is the method's first. Beside them are the first rows of all other methods there.
     """
-    found = []
-    for group in _grouped(_trained(rows), lambda row: [*_place(row), row.method]):
-        if len({row.settings for row in group}) > 1:
-            full = next((row for row in group if row.row == row.method), group[0])
-            beside = [
-                row
-                for name in BESIDE
-                for row in _trained(rows)
-                if row.method == name != full.method and _place(row) == _place(full)
-            ]
-            found.append(Ablation(full, [row for row in group if row is not full], beside))
-    return found
+    groups = _grouped(_trained(rows), lambda row: [*_place(row), row.method])
+    return [
+        Ablation(
+            group[0],
+            group[1:],
+            [one for one, *_ in groups if one.method != group[0].method and _place(one) == _place(group[0])],
+        )
+        for group in groups
+        if len({row.settings for row in group}) > 1
+    ]
 
 
 def main_rows(rows: Sequence[Row]) -> list[Row]:
@@ -356,45 +371,94 @@ class Curve:
 
 
 def over_k(rows: Sequence[Row]) -> list[Curve]:
-    """Accuracy over K, of the rows that differ in nothing else."""
+    """Accuracy over K, of the rows that differ in nothing else.
+
+    Raises: RecordError where two such rows have one K.
+    """
 
     def key(row: Row) -> list[Any]:
         axes = {name: value for name, value in row.axes.items() if value != row.k}
         name = row.row if row.reference else ""  # these have the method of another row
-        return [row.size, name, row.method, row.settings, row.student, axes]
+        return [row.board, row.size, name, row.method, row.settings, row.student, axes, row.conditions]
 
-    return _curves(_grouped(rows, key), lambda row: row.k)
+    return _curves(_grouped(rows, key), lambda row: row.k, "K")
 
 
 def over_student_size(rows: Sequence[Row]) -> list[Curve]:
-    """Accuracy over the number of the student's parameters, of trained rows that differ in nothing else."""
+    """Accuracy over the number of the student's parameters, of trained rows that differ in nothing else, in
+    one size of a board or several.
+
+    Raises: RecordError where two such rows have students of one size.
+    """
 
     def key(row: Row) -> list[Any]:
         axes = {k: v for k, v in row.axes.items() if k != "student" and str(v) not in row.student}
-        return [row.size, row.method, row.settings, row.k, axes]
+        roles = {k: v for k, v in (row.conditions["roles"] or {}).items() if k != "student"}
+        return [row.board, row.method, row.settings, row.k, axes, {**row.conditions, "roles": roles}]
 
     def size(row: Row) -> float | None:
         found = [run.parameters for run in row.all_runs]
         return None if None in found else float(np.mean([one for one in found if one is not None]))
 
     groups = [group for group in _grouped(_trained(rows), key) if len({row.student for row in group}) > 1]
-    return _curves(groups, size)
+    return _curves(groups, size, "parameters")
 
 
-def _curves(groups: Sequence[list[Row]], x: Callable[[Row], float | None]) -> list[Curve]:
+def _curves(groups: Sequence[list[Row]], x: Callable[[Row], float | None], what: str) -> list[Curve]:
     found = []
-    for group in groups:
-        points: dict[str, dict[float, Estimate]] = {}
+    for group, title in zip(groups, _titles(groups), strict=True):
+        points: dict[str, dict[float, tuple[Row, Estimate]]] = {}
         for row in group:
             if (at := x(row)) is None:
                 continue
             for name in row.runs:
-                if (one := row.accuracy([name])) is not None:
-                    points.setdefault(name, {}).setdefault(float(at), one)
-        kept = {name: sorted(by_x.items()) for name, by_x in points.items() if len(by_x) > 1}
+                if (one := row.accuracy([name])) is None:
+                    continue
+                other, _ = points.setdefault(name, {}).setdefault(float(at), (row, one))
+                if other is not row:
+                    paths = " and ".join(str(each.all_runs[0].folder.path) for each in (other, row))
+                    raise RecordError(
+                        f"{paths}: are two points of one curve at {at:g} {what} on {name}; leave one out."
+                    )
+        kept = {
+            name: sorted((at, one) for at, (_, one) in by_x.items())
+            for name, by_x in points.items()
+            if len(by_x) > 1
+        }
         if kept:
-            found.append(Curve(_common_title(group), group[0].reference, kept))
+            found.append(Curve(title, group[0].reference, kept))
     return found
+
+
+def _titles(groups: Sequence[Sequence[Row]]) -> list[str]:
+    """A title of each group; those of groups that are called alike say what these differ in."""
+    plain, found = [_common_title(group) for group in groups], []
+    for title, group in zip(plain, groups, strict=True):
+        alike = [row for other, rows in zip(plain, groups, strict=True) if other == title for row in rows]
+        told: list[str] = []
+        for facts in (_names, _leaves):
+            own, every = [set(facts(row)) for row in group], [set(facts(row)) for row in alike]
+            told = told or [
+                one for one in facts(group[0]) if one in set.intersection(*own) - set.intersection(*every)
+            ]
+        found.append(f"{title} ({', '.join(told)})" if told else title)
+    return found
+
+
+def _names(row: Row) -> list[str]:
+    """What tells a row from others of its title."""
+    return [row.board, row.size, row.row, *(f"{name} {value}" for name, value in row.axes.items())]
+
+
+def _leaves(row: Row) -> list[str]:
+    """Every setting of a row with its value."""
+
+    def walk(value: Any, names: tuple[str, ...]) -> list[str]:
+        if isinstance(value, Mapping):
+            return [text for key, one in value.items() for text in walk(one, (*names, str(key)))]
+        return [f"{'.'.join(names)} {value}"]
+
+    return [text for part in (json.loads(row.settings), *row.conditions.values()) for text in walk(part, ())]
 
 
 def _common_title(rows: Sequence[Row]) -> str:

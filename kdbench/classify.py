@@ -27,22 +27,13 @@ from kdbench.distiller import Batch
 class Classified:
     """One forward: `logits` [B, N] and `states` [B, L + 1, H] at the mask, or at the first token.
 
-    State 0 is the embedding output, state j the output of layer j.
+    State 0 is the embedding output, state j the output of layer j. `whole` [B, V] are the logits of the whole
+    vocabulary at the mask, None without a mask.
     """
 
     logits: Tensor
     states: Tensor
-
-
-@dataclass(frozen=True)
-class Everything:
-    """One forward over all positions: `logits` [B, N], `states` [L + 1] of [B, T, H], `attentions` [L] of
-    [B, heads, T, T] (probabilities; empty where they were not asked for).
-    """
-
-    logits: Tensor
-    states: list[Tensor]
-    attentions: list[Tensor]
+    whole: Tensor | None
 
 
 def class_logits(model: nn.Module, batch: Batch) -> Tensor:
@@ -82,39 +73,30 @@ def chosen_logits(model: nn.Module, batch: Batch, chosen: Tensor) -> Tensor:
 def classified(model: nn.Module, batch: Batch) -> Classified:
     """Return class logits and the states of every layer at the mask (or first token), from one forward."""
     any_model: Any = model
+    prompted = "mask_index" in batch
     if not batch.size:
         config = any_model.config
-        states = torch.zeros(
-            0, config.num_hidden_layers + 1, config.hidden_size, device=batch["input_ids"].device
-        )
-        return Classified(_none(model), states)
-    prompted = "mask_index" in batch
+        states = next(model.parameters()).new_zeros(0, config.num_hidden_layers + 1, config.hidden_size)
+        return Classified(_none(model), states, mask_logits(model, batch) if prompted else None)
     place = batch["mask_index"] if prompted else torch.zeros_like(batch["length"])
     head = mlm_head(model) if prompted else None
     run = any_model if head is None else any_model.base_model
     out = run(**_inputs(model, batch), output_hidden_states=True)
     states = torch.stack([_at(state, place) for state in out.hidden_states], dim=1)
     if not prompted:
-        return Classified(_precise(out.logits), states)
-    whole = _at(out.logits, place) if head is None else head(states[:, -1])
-    return Classified(_verbalized(_precise(whole), batch), states)
+        return Classified(_precise(out.logits), states, None)
+    whole = _precise(_at(out.logits, place) if head is None else head(_at(out.last_hidden_state, place)))
+    return Classified(_verbalized(whole, batch), states, whole)
 
 
-def all_states(model: nn.Module, batch: Batch, attentions: bool = False) -> Everything:
-    """Return class logits, the states of every layer at every position, and attention maps where asked for.
-
-    Maps need the model's attention to be `eager` (`model.set_attn_implementation("eager")`).
-    Raises: ValueError where the model gives no attention maps.
-    """
+def all_states(model: nn.Module, batch: Batch) -> list[Tensor]:
+    """Return the states of the embedding output and of every layer at every position, L + 1 of [B, T, H]."""
     any_model: Any = model
-    out = any_model(**_inputs(model, batch), output_hidden_states=True, output_attentions=attentions)
-    logits = out.logits
-    if "mask_index" in batch:
-        logits = _verbalized(_at(logits, batch["mask_index"]), batch)
-    maps = list(out.attentions or ()) if attentions else []
-    if attentions and (not maps or maps[0] is None):
-        raise ValueError("the model gives no attention maps: its attention must be 'eager'")
-    return Everything(_precise(logits), list(out.hidden_states), maps)
+    if not batch.size:
+        config = any_model.config
+        empty = next(model.parameters()).new_zeros(*batch["input_ids"].shape, config.hidden_size)
+        return [empty] * (config.num_hidden_layers + 1)
+    return list(any_model.base_model(**_inputs(model, batch), output_hidden_states=True).hidden_states)
 
 
 _heads: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()

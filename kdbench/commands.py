@@ -345,7 +345,8 @@ def _folder_bytes(folder: Path) -> int:
 
 # --------------------------------------------------------------------------------------------- learning rates
 def trials(board: Board, device: str, places: Places) -> dict[str, list[Plan]]:
-    """The learning-rate trials of every trained row, on the tuning seed, each scored on dev alone.
+    """The learning-rate trials of every trained row, on the tuning seed and at every axis value of the tuning
+    size, each scored on dev alone: the last weights or, on a board that keeps the best, the best ones.
 
     They lie in `<runs>/tuning`, where no report looks; the board must have [tuning].
     """
@@ -356,29 +357,37 @@ def trials(board: Board, device: str, places: Places) -> dict[str, list[Plan]]:
     tuning, untuned = board.tuning, dataclasses.replace(board, tuned={})
     apart = dataclasses.replace(places, runs=places.runs / "tuning")
     names = [row.name for row in board.rows if not row.reference]
-    axes = board.axis_values(tuning.size)[0]
     found: dict[str, list[Plan]] = {}
+    tasks: dict[str, type[Any]] = {}
     for name in names:
         for overrides in config.tuning_runs(board, name):
-            run = _run(untuned, tuning.size, name, tuning.seed, overrides, axes, names, device, {})
-            task = Plan(run, apart).materials.task()
-            first = next(split for split in task.splits() if split.startswith("test/"))
-            evaluation = dataclasses.replace(
-                run.evaluation,
-                sets=[first.removeprefix("test/")],
-                generation_seeds=run.evaluation.generation_seeds[:1],
-            )
-            select = config.Select("last", tuning.score, tuning.direction, run.training.optimizer_steps)
-            scoring = [one for one in run.analyses if hasattr(registry.load_analysis(one), "dev_scores")]
-            run = dataclasses.replace(
-                run, evaluation=evaluation, select=select, analyses=scoring, evidence=None
-            )
-            found.setdefault(name, []).append(Plan(run, apart))
+            for axes in board.axis_values(tuning.size):
+                run = _run(untuned, tuning.size, name, tuning.seed, overrides, axes, names, device, tasks)
+                found.setdefault(name, []).append(Plan(_trial(run, tuning, apart), apart))
     return found
+
+
+def _trial(run: RunConfig, tuning: config.Tuning, places: Places) -> RunConfig:
+    """The run with as little evaluation as there can be, scored on dev as its board would keep it."""
+    from kdbench.runner import Plan
+
+    splits = Plan(run, places).materials.task().splits()
+    first = next(split for split in splits if split.startswith("test/"))
+    seeds = run.evaluation.generation_seeds[:1]
+    evaluation = dataclasses.replace(
+        run.evaluation, sets=[first.removeprefix("test/")], generation_seeds=seeds
+    )
+    every = run.select.every if run.select.rule == "best" else run.training.optimizer_steps
+    select = config.Select(run.select.rule, tuning.score, tuning.direction, every)
+    scoring = [one for one in run.analyses if hasattr(registry.load_analysis(one), "dev_scores")]
+    return dataclasses.replace(run, evaluation=evaluation, select=select, analyses=scoring, evidence=None)
 
 
 def write_tuning(board: Board, plans: dict[str, list[Plan]]) -> Path:
     """Write `tuning.json` beside the board: the best learning rate of each row, and all trials.
+
+    A trial's score is the mean over axis values, None where one of them has none; of equal scores the
+    smallest learning rate is chosen.
 
     Raises: UserError where every trial of a row failed, and where the board's folder cannot be written.
     """
@@ -387,16 +396,21 @@ def write_tuning(board: Board, plans: dict[str, list[Plan]]) -> Path:
     sign = 1 if board.tuning.direction == "higher" else -1
     rows = {}
     for name, row_plans in plans.items():
-        tried = []
+        by_rate: dict[float, list[Plan]] = {}
         for plan in row_plans:
-            record = plan.finished()
-            done = record is not None and record.status == "done"
-            score = record.value(f"dev/{board.tuning.score}") if record is not None and done else None
-            tried.append(config.Trial(plan.run.training.lr, score, plan.id))
-        scored = [(sign * one.score, one.lr) for one in tried if one.score is not None]
+            by_rate.setdefault(plan.run.training.lr, []).append(plan)
+        tried = []
+        for lr, some in by_rate.items():
+            records = [plan.finished() for plan in some]
+            done = [one for one in records if one is not None and one.status == "done"]
+            scores = [one.value(f"dev/{board.tuning.score}") for one in done]
+            known = [score for score in scores if score is not None]
+            score = sum(known) / len(known) if len(known) == len(some) else None
+            tried.append(config.Trial(lr, score, " ".join(plan.id for plan in some)))
+        scored = [(-sign * one.score, one.lr) for one in tried if one.score is not None]
         if not scored:
             raise UserError(f"{board.id}: every trial of row '{name}' failed; tuning.json is left as it was")
-        rows[name] = config.Tuned(max(scored)[1], tried)
+        rows[name] = config.Tuned(min(scored)[1], tried)
     path = board.folder / "tuning.json"
     try:
         write_json(path, {"rows": to_dict(rows)})
@@ -531,9 +545,9 @@ def pairs(one: Sequence[RunFolder], other: Sequence[RunFolder]) -> tuple[list[Pa
 
 
 def find_runs(name: str, runs: Path, size: str | None = None, axes: Sequence[str] = ()) -> list[RunFolder]:
-    """The runs that a name stands for: a board's of one size (default: the published one), a row's of all
-    training seeds and axis values (of the board and size of its newest run), or one run as in `find_run`.
-    `axes` as in `narrowed`.
+    """The runs that a name stands for: a board's of one size (default: the published one; "all": of each), a
+    row's of all training seeds and axis values (of the board and size of its newest run), or one run as in
+    `find_run`. `axes` as in `narrowed`.
 
     Raises: UserError as `find_run`, and for a board without finished runs.
     """
@@ -541,9 +555,9 @@ def find_runs(name: str, runs: Path, size: str | None = None, axes: Sequence[str
     if name in known or name in {one.split("/")[0] for one in known} or name.endswith(".toml"):
         board = config.load_board(name)
         chosen = boards.published_size(board) if size is None else size
-        if chosen not in board.sizes:
-            raise unknown("size", chosen, board.sizes, board.id)
-        found = _finished(runs, lambda one: (one.board, one.size) == (board.id, chosen), board.id)
+        if chosen not in (*board.sizes, "all"):
+            raise unknown("size", chosen, [*board.sizes, "all"], board.id)
+        found = _finished(runs, lambda one: one.board == board.id and chosen in (one.size, "all"), board.id)
         if not found:
             raise UserError(f"{board.id}: no finished run of size '{chosen}' in the folder {runs}")
         order = {row.name: at for at, row in enumerate(board.rows)}

@@ -265,7 +265,9 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Trial:
-    """One learning rate of one row, its dev score (None: diverged or failed) and the run that shows it."""
+    """One learning rate of one row, its dev score (None: diverged or failed) and the run that shows it: over
+    several axis values the mean score (None where one is missing) and their runs, joined by a space.
+    """
 
     lr: float
     score: float | None
@@ -1048,14 +1050,16 @@ def keep_roles(run: RunConfig, names: Sequence[str]) -> RunConfig:
 
 
 def tuning_runs(board: Board, row: str) -> list[list[str]]:
-    """The overrides of each learning-rate trial of a row, to be run with the seed `board.tuning.seed`.
+    """The overrides of each learning-rate trial of a row, to be run with the seed `board.tuning.seed` at
+    every axis value of the tuning size.
 
     Raises: UserError when the board does not tune.
     """
     if board.tuning is None:
         raise UserError(f"{board.id}: does not tune learning rates")
     untuned = dataclasses.replace(board, tuned={})
-    lr = resolve(untuned, board.tuning.size, row, board.tuning.seed, axes=board.axis_values()[0]).training.lr
+    size, seed = board.tuning.size, board.tuning.seed
+    lr = resolve(untuned, size, row, seed, axes=board.axis_values(size)[0]).training.lr
     return [[f"training.lr={lr * factor:.6g}"] for factor in board.tuning.factors]
 
 

@@ -5,7 +5,8 @@ https://arxiv.org/abs/2012.15723, sec. 3 and its public `run_experiment.sh` and 
 patterns of Schick & Schütze 2021 (PET), https://arxiv.org/abs/2001.07676, sec. 4, and its public `pvp.py`;
 the unlabelled set of Prompt-Distiller (ICASSP 2023), experimental settings.
 Differs: rows are shuffled by a hash of (seed, data set, row), the same under every library version, so a
-draw is not LM-BFF's own sample; a sequence that is too long loses the tail of its sentences, never a token
+draw is not LM-BFF's own sample; a text that the data repeat is in one of X, D_dev and Xu, and in X and D_dev
+once, where LM-BFF parts rows; a sequence that is too long loses the tail of its sentences, never a token
 of the template or the last separator; MNLI and SNLI cap the first sentence as RTE does, so that a long
 premise leaves room for the hypothesis; PET's patterns follow the spacing of the template instead of a
 space before every part, and are cut as the others.
@@ -17,7 +18,7 @@ import hashlib
 import json
 import re
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -531,7 +532,7 @@ class FewShotTask(Task):
     fields: ClassVar[tuple[str, ...]] = (
         "example_id", "class_label", "input_ids", "length", "mask_index", "verbalizer_ids"
     )  # fmt: skip
-    RULES: ClassVar[int] = 1  # raised when draws, templates or truncation change
+    RULES: ClassVar[int] = 2  # raised when draws, templates or truncation change
 
     @dataclass
     class Settings:
@@ -797,6 +798,7 @@ class FewShotTask(Task):
             pool = self._labelled(self.pool(), "train")
             self._split = draw(
                 [row["class_label"] for row in pool],
+                [_same(row) for row in pool],
                 len(self.words),
                 self.settings.k,
                 self.seed,
@@ -818,42 +820,57 @@ class FewShotTask(Task):
         return known
 
 
+def _same(row: Row) -> tuple[str, ...]:
+    """The row's sentences without case and with single spaces: equal for rows that repeat a text."""
+    kinds = "ab" if "text_b" in row else "a"
+    return tuple(" ".join(_sentence(row, kind).casefold().split()) for kind in kinds)
+
+
 def draw(
-    labels: Sequence[int], classes: int, k: int, seed: int, dataset: str, ratio: int = 10
+    labels: Sequence[int],
+    texts: Sequence[Hashable],
+    classes: int,
+    k: int,
+    seed: int,
+    dataset: str,
+    ratio: int = 10,
 ) -> dict[str, list[int]]:
     """Return row numbers of "train" (X), "dev" (D_dev) and "unlabeled" (Xu), drawn from labelled rows.
 
-    The rows are shuffled once; of each class the first K make X, the next K D_dev. A class of fewer than 2K
-    rows leaves D_dev fewer, though one at least, which X then lacks. Xu is `ratio` times the size of X, drawn
-    with replacement from all other rows whatever their class, by a stream of its own. All three follow from
-    `seed` and `dataset` alone.
+    The rows are shuffled once; of each class in turn the first K make X, the next K D_dev, without the rows
+    whose text is in them already. A class of fewer than 2K texts leaves D_dev fewer, though one at least,
+    which X then lacks. Xu is `ratio` times the size of X, drawn with replacement from all rows, whatever
+    their class, whose text is neither in X nor in D_dev, by a stream of its own. All three follow from the
+    rows, `seed` and `dataset` alone.
+
+    Args: `texts`: what rows of one text have in common.
 
     Source: LM-BFF, `generate_k_shot_data.py`; Prompt-Distiller, experimental settings (Xu).
-    Raises: UserError for a class of fewer than two rows, or where no row is left for Xu.
+    Raises: UserError for a class of fewer than two texts, or where no row is left for Xu.
     """
     order = sorted(range(len(labels)), key=lambda i: (stream_seed(seed, f"few_shot/{dataset}", i), i))
-    by_class: list[list[int]] = [[] for _ in range(classes)]
+    by_class: list[dict[Hashable, int]] = [{} for _ in range(classes)]
     for i in order:
-        by_class[labels[i]].append(i)
-    few = [number for number, rows in enumerate(by_class) if len(rows) < 2]
-    if few:
-        raise UserError(
-            f"task: data set '{dataset}' has fewer than two training rows of class {few[0]}, one to train on "
-            "and one to select by"
-        )
+        by_class[labels[i]].setdefault(texts[i], i)
     train: list[int] = []
     dev: list[int] = []
-    for rows in by_class:
+    taken: set[Hashable] = set()
+    for number, found in enumerate(by_class):
+        rows = [i for text, i in found.items() if text not in taken]
+        if len(rows) < 2:
+            raise UserError(
+                f"task: data set '{dataset}' has fewer than two training rows of class {number} with texts "
+                "of their own, one to train on and one to select by"
+            )
         first = min(k, len(rows) - 1)
         train += rows[:first]
         dev += rows[first : first + k]
-    assert not set(train) & set(dev)
-    taken = {*train, *dev}
-    rest = [i for i in range(len(labels)) if i not in taken]
+        taken |= {texts[i] for i in rows[: first + k]}
+    rest = [i for i in range(len(labels)) if texts[i] not in taken]
     if ratio and not rest:
         raise UserError(
-            f"task: k = {k} takes all {len(labels)} training rows of '{dataset}' and leaves none for the "
-            "unlabelled set; take a smaller k, or unlabeled_ratio = 0"
+            f"task: k = {k} takes the texts of all {len(labels)} training rows of '{dataset}' and leaves "
+            "none for the unlabelled set; take a smaller k, or unlabeled_ratio = 0"
         )
     picks = (stream_seed(seed, f"few_shot/{dataset}/unlabeled", j) for j in range(ratio * len(train)))
     return {"train": train, "dev": dev, UNLABELED: [rest[one % len(rest)] for one in picks]}

@@ -1,13 +1,14 @@
 """The regression check: do the methods still compute, train and score as when its references were learned?
 
-Two measurements, each compared with `configs/gate/reference.json`:
+Two measurements, each compared with the reference of the method's family in `configs/gate`:
 
 - *Updates.* Every method makes its first `UPDATES` updates in float64 on tiny random models whose
-  configuration has dropout. Each loss term is computed a second time, from the models' own logits at the rows
-  of the update, by formulas stated here and not taken from the methods or from `losses`. Every logged number,
-  the movement of each group's weights and the counts of target tokens are compared with stored ones.
-- *Scores.* Every method runs once on `configs/gate/board.toml`, the whole way from stages to analyses. Its
-  scores must lie in bands learned from `SEEDS` training seeds.
+  configuration has dropout: GPT-2 on rows of `tiny_instruct`, or the encoders and rows of `checks`. Each loss
+  term is computed a second time, from the models' own logits at the rows of the update, by formulas stated
+  here and not taken from the methods or from `losses`. Every logged number, the movement of each group's
+  weights and the counts of tokens are compared with stored ones.
+- *Scores.* Every method runs once on its family's board, the whole way from stages to analyses. Its scores
+  must lie in bands learned from `SEEDS` training seeds.
 
 A number has *passed*, has *regressed* (with the amount), or was *not measured* (with the reason). The gate
 fails on a regressed number, and on one that was not measured, since what is not measured is not guarded; but
@@ -18,16 +19,18 @@ must agree, and the teacher's repeatability need no stored number and hold under
 Tolerances: float64 leaves rounding alone to differ between machines. Each tolerance is `FACTOR` times the
 largest difference seen between 1 and 2 threads and after moving the first weights by one unit in the last
 place, at least `FLOOR`, relative to the largest entry. Bands are prediction intervals of Student's t for one
-new seed; together they are missed by chance in a share `FALSE_ALARM` of gates whose random streams changed.
-The gate's own seed is one of those learned from, so unchanged code is not at that risk.
+new seed; those of a family are missed by chance in a share `FALSE_ALARM` of gates whose random streams
+changed. The gate's own seed is one of those learned from, so unchanged code is not at that risk.
 
-A new method takes part by its name. To have its terms recomputed it needs an entry in `FORMULAS`.
+A new method takes part by its name, and is of the family that has its head. To have its terms recomputed it
+needs an entry in `FORMULAS`; for models other than those that the board's roles name, a row of the board.
 
 Source: own; prediction interval as in Student 1908, https://doi.org/10.2307/2331554.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -39,7 +42,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -48,12 +51,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import stats
+from scipy.special import erf, log_softmax, logsumexp, softmax
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from transformers.utils import logging
 
 from kdbench import registry, stages
+from kdbench.checks import HEADS
 from kdbench.clock import running
 from kdbench.config import TrainingConfig, library_versions, load_board, resolve
 from kdbench.distiller import Batch, Distiller, Parts
@@ -80,8 +85,11 @@ SCORES = (
     "exposure_bias/accumulated_error@15",
     "exposure_bias/ex_acc_err@15",
 )
+FEW_SHOT_SCORES = ("few_shot/accuracy/topic", "few_shot/nll/topic")
 EXEMPT: dict[str, str] = {}
 """Methods that the gate leaves out, each with the reason; they do not make it fail."""
+UNSCORED = {"mlm": "pretraining has no score of its own: it makes the models of all rows of few_shot.toml"}
+"""Methods without a run on a board, each with the reason; that does not make the gate fail."""
 
 TRAINING: dict[str, Any] = {
     "optimizer_steps": UPDATES + 4,  # so that a visit that begins within `UPDATES` is whole
@@ -95,6 +103,41 @@ TRAINING: dict[str, Any] = {
     "checkpoint_every": 0,
 }
 ROWS: dict[str, Any] = {"train": 48, "dev": 12, "noise": 0.0}
+SETTINGS: dict[str, dict[str, Any]] = {"prompt_distiller": {"probe_steps": 10}}  # of encoders, to be fast
+
+
+@dataclass(frozen=True)
+class Family:
+    """Methods that are measured alike: by the `heads` of their models they share a board, the file of their
+    reference, and the `scores` that are kept. `made_with` are further settings of their updates.
+    """
+
+    name: str
+    heads: tuple[str, ...]
+    board: str
+    reference: str
+    scores: tuple[str, ...]
+    made_with: Mapping[str, Any]
+
+    def settings(self) -> str:
+        """A hash of what is measured: a reference learned with other settings says nothing."""
+        board = read_toml(_board_path(self))
+        return stages.digest(UPDATES, TRAINING, dict(self.made_with), self.scores, board)
+
+
+INSTRUCTION = Family("rows", ("causal_lm",), "board.toml", "reference.json", SCORES, ROWS)
+FEW_SHOT = Family(
+    "few_shot_rows", ("masked_lm", "sequence"), "few_shot.toml", "few_shot.json", FEW_SHOT_SCORES, SETTINGS
+)
+FAMILIES = (INSTRUCTION, FEW_SHOT)
+
+
+def family(method: str) -> Family:
+    """The family of a method; one that cannot be loaded, or has another head, fails when it is measured."""
+    with suppress(Exception):
+        head = registry.load_distiller(method).head
+        return next(one for one in FAMILIES if head in one.heads)
+    return INSTRUCTION
 
 
 # ---------------------------------------------------------------------------------------------------- report
@@ -153,12 +196,8 @@ def _model(role: str, task: TinyInstruct) -> nn.Module:
     width = 16 if role == "student" else 24
     shape: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": width, "n_positions": 192}
     config = GPT2Config(vocab_size=len(tokenizer), bos_token_id=eos, eos_token_id=eos, **shape)
-    model: Any = GPT2LMHeadModel(config).double()
-    draw = np.random.RandomState(int(hashlib.sha256(role.encode()).hexdigest()[:8], 16))
+    model: Any = _drawn(GPT2LMHeadModel(config).double(), role)
     with torch.no_grad():
-        for name, param in sorted(model.named_parameters()):
-            value = torch.from_numpy(0.3 * draw.standard_normal(tuple(param.shape)))
-            param.copy_(1 + 0.3 * value if "ln_" in name and name.endswith("weight") else value)
         end = model.get_output_embeddings().weight[eos]
         model.base_model.ln_f.bias.copy_((4 if role == "student" else 3.5) * end / end.square().sum())
     model.config.pad_token_id = eos
@@ -167,6 +206,17 @@ def _model(role: str, task: TinyInstruct) -> nn.Module:
     for part in (model, model.base_model):  # rows have no padding here, and the check only prints
         part.warn_if_padding_and_no_attention_mask = lambda ids, mask: None
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _drawn(model: nn.Module, role: str) -> nn.Module:
+    """The model with weights that depend on the role and their names alone."""
+    draw = np.random.RandomState(int(hashlib.sha256(role.encode()).hexdigest()[:8], 16))
+    with torch.no_grad():
+        for name, param in sorted(model.named_parameters()):
+            value = torch.from_numpy(0.3 * draw.standard_normal(tuple(param.shape)))
+            norm = any(part in name for part in ("ln_", "LayerNorm", "layer_norm"))
+            param.copy_(1 + 0.3 * value if norm and name.endswith("weight") else value)
+    return model
 
 
 def _one_ulp(model: nn.Module) -> None:
@@ -239,8 +289,73 @@ class Seen:
         return self.log(role, part)[np.arange(len(tokens)), tokens]
 
 
+@dataclass
+class Given:
+    """What an encoder's method starts from: rows with the fields of all roles, and its frozen models."""
+
+    sets: dict[str, Batch]
+    models: dict[str, Any] = field(default_factory=dict)
+    known: dict[tuple[str, int], tuple[Array, Array]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.rows = {
+            int(row["example_id"]): row
+            for rows in self.sets.values()
+            for row in (rows.rows([place]) for place in range(rows.size))
+        }
+
+
+class SeenTexts:
+    """One update of encoders before the method makes it: what they say of its texts, whose rows are those
+    from before training. Roles are the models as they were given, but for the student.
+    """
+
+    def __init__(self, distiller: Distiller, parts: Mapping[str, Batch], given: Given) -> None:
+        self.distiller: Any = distiller
+        self.batches, self._given = parts, given
+        self._student: dict[tuple[str, int], tuple[Array, Array]] = {}
+
+    def examples(self, part: str = "") -> list[int]:
+        """The example ids of a part in order; `all <set>` is the whole of a set."""
+        known = {**self.batches, **{f"all {name}": rows for name, rows in self._given.sets.items()}}
+        ids: list[int] = known[part]["example_id"].tolist()
+        return ids
+
+    def field(self, name: str, part: str = "") -> list[Any]:
+        """A field of the rows of a part, one of each row."""
+        return [self._given.rows[example][name][0].tolist() for example in self.examples(part)]
+
+    def logits(self, role: str, part: str = "") -> Array:
+        """The logits of the classes, [B, N]."""
+        return np.stack([self._read(role, example)[0] for example in self.examples(part)])
+
+    def states(self, role: str, part: str = "") -> Array:
+        """The states that the classes are read from, [B, L + 1, H]: 0 is the embeddings'."""
+        return np.stack([self._read(role, example)[1] for example in self.examples(part)])
+
+    def _read(self, role: str, example: int) -> tuple[Array, Array]:
+        known = self._student if role == "student" else self._given.known
+        if (role, example) not in known:
+            known[role, example] = self._forward(role, self._given.rows[example].of(role))
+        return known[role, example]
+
+    def _forward(self, role: str, row: Batch) -> tuple[Array, Array]:
+        """Logits [N] and states [L + 1, H] from one forward without padding."""
+        model = self.distiller.student if role == "student" else self._given.models[role]
+        own = slice(int(row["length"]))
+        inputs = {"input_ids": row["input_ids"][:, own]}
+        if "segment_ids" in row and model.config.type_vocab_size > 1:
+            inputs["token_type_ids"] = row["segment_ids"][:, own]
+        out = model(**inputs, output_hidden_states=True)
+        place, logits = 0, out.logits[0]
+        if "mask_index" in row:
+            place = int(row["mask_index"])
+            logits = logits[place, row["verbalizer_ids"][0]]
+        return logits.numpy(), torch.cat(out.hidden_states)[:, place].numpy()
+
+
 Terms = dict[str, float]
-Formulas = Mapping[str, Callable[[Seen], Terms]]
+Formulas = Mapping[str, Callable[[Any], Terms]]
 
 
 def _kl(first: Array, second: Array) -> float:
@@ -315,6 +430,127 @@ def _minillm(seen: Seen) -> Terms:
     }
 
 
+def _prompt_distiller_lm(seen: Seen) -> Terms:
+    """Spec: lam1 0.2, temperature 1. The contrast, and with it the loss, is not recomputed."""
+    kd = {"labeled": "tuned", "unlabeled": "pretrained"}
+    terms = {f"kd_{x}": 0.2 * _kl(seen.log(role, x), seen.log("student", x)) for x, role in kd.items()}
+    return {"ce": _ce(seen, "labeled"), **terms}
+
+
+def _class_ce(seen: SeenTexts, part: str = "") -> float:
+    log = log_softmax(seen.logits("student", part), axis=1)
+    return float(-log[np.arange(len(log)), seen.field("class_label", part)].mean())
+
+
+def _soft(seen: SeenTexts, role: str, temperature: float = 10.0, part: str = "") -> float:
+    """t^2 KL(teacher || student) of the distributions softmax(logits / t)."""
+    p, q = (log_softmax(seen.logits(name, part) / temperature, axis=1) for name in (role, "student"))
+    return temperature**2 * _kl(p, q)
+
+
+def _only_ce(seen: SeenTexts) -> Terms:
+    return {"loss": _class_ce(seen)}
+
+
+def _student_ft(seen: SeenTexts) -> Terms:
+    return {"ce": _class_ce(seen), "loss": _class_ce(seen)}
+
+
+def _kd_ft(seen: SeenTexts) -> Terms:
+    ce, kd = _class_ce(seen), _soft(seen, "teacher")
+    return {"ce": ce, "kd": kd, "loss": 0.5 * ce + 0.5 * kd}
+
+
+def _pkd_ft(seen: SeenTexts) -> Terms:
+    """Spec: layer j of k follows j L / k, states of length 1, means over layers and features; 500 times."""
+    ce, ds = _class_ce(seen), _soft(seen, "teacher") / seen.logits("teacher").shape[1]
+    ours, theirs = seen.states("student"), seen.states("teacher")
+    k, depth = ours.shape[1] - 1, theirs.shape[1] - 1
+    squares = []
+    for layer in range(1, k):
+        q = ours[:, layer] @ seen.distiller.fit.weight.numpy().T
+        p = theirs[:, layer * depth // k]
+        unit = [x / np.sqrt((x**2).sum(axis=1, keepdims=True)) for x in (q, p)]
+        squares.append((unit[0] - unit[1]) ** 2)
+    pt = float(np.mean(squares))
+    return {"ce": ce, "ds": ds, "pt": pt, "loss": 0.3 * ce + 0.7 * ds + 500 * pt}
+
+
+def _tinybert_ft(seen: SeenTexts) -> Terms:
+    p, log_q = softmax(seen.logits("teacher"), axis=1), log_softmax(seen.logits("student"), axis=1)
+    return {"loss": float(-(p * log_q).mean())}  # over classes too
+
+
+def _prompt_kd(seen: SeenTexts) -> Terms:
+    ce, kd = _class_ce(seen), 0.2 * _soft(seen, "teacher")
+    return {"mlm": ce, "kd_labeled": kd, "loss": ce + kd}
+
+
+def _prompt_distiller(seen: SeenTexts) -> Terms:
+    """Spec: lam1 and lam2 0.2, temperature 10."""
+    terms = {"mlm": _class_ce(seen, "labeled")}
+    for part, pool, role in (("labeled", "train", "teacher"), ("unlabeled", "unlabeled", "pretrained")):
+        values = _contrast(seen, part, f"all {pool}", role)
+        terms[f"kd_{part}"] = 0.2 * _soft(seen, role, part=part)
+        terms[f"cpd_{part}"] = 0.2 * float(np.mean([value or 0.0 for value in values]))
+        terms[f"skipped_{part}"] = float(np.mean([value is None for value in values]))
+    return {**terms, "loss": sum(value for name, value in terms.items() if "skipped" not in name)}
+
+
+def _contrast(seen: SeenTexts, part: str, pool: str, role: str) -> list[float | None]:
+    """-log exp g / (exp g + sum_m exp g_m) of each anchor; None where no text is of another class.
+
+    Negatives are those that the batch holds; one counts if a text of another class has this vector. They are
+    8 or all there are: other numbers give NaN.
+    """
+
+    def labels(name: str) -> NDArray[Any]:
+        gold = role == "teacher"
+        return np.array(seen.field("class_label", name) if gold else seen.logits(role, name).argmax(axis=1))
+
+    anchor = _mean_probe(seen.distiller.student_probes, seen.states("student", part))
+    bank = getattr(seen.distiller, f"{role}_probes")
+    own, vectors = (_mean_probe(bank, seen.states(role, name)) for name in (part, pool))
+    drawn, valid = (seen.batches[part][f"{role}_{name}"].numpy() for name in ("negatives", "valid"))
+    classes, values = labels(pool), list[float | None]()
+    for i, label in enumerate(labels(part)):
+        others = vectors[classes != label]
+        if not len(others):
+            values.append(None)
+            continue
+        negatives = [m for m in drawn[i][valid[i]] if np.abs(others - m).max(axis=1).min() < CEILING]
+        g = np.array([own[i], *negatives]) @ anchor[i]
+        complete = len(negatives) == min(8, len(others))
+        values.append(float(logsumexp(g) - g[0]) if complete else math.nan)
+    return values
+
+
+def _mean_probe(bank: Any, states: Array) -> Array:
+    """Mean over inner layers of softmax(E norm(gelu(W h + b)) + c), [B, N]; E are rows of label words."""
+    weights = {
+        name: value.detach().numpy() for name, value in (*bank.named_parameters(), *bank.named_buffers())
+    }
+    read = []
+    for j in range(states.shape[1] - 2):
+        x = states[:, j + 1] @ weights["dense_weight"][j].T + weights["dense_bias"][j]
+        x = x * (1 + erf(x / math.sqrt(2))) / 2
+        x = (x - x.mean(axis=1, keepdims=True)) / np.sqrt(x.var(axis=1, keepdims=True) + 1e-12)
+        x = x * weights["norm_weight"][j] + weights["norm_bias"][j]
+        read.append(softmax(x @ weights["rows"].T + weights["bias"][j], axis=1))
+    return np.asarray(np.mean(read, axis=0))
+
+
+def _mlm(seen: SeenTexts) -> Terms:
+    """The tokens to predict are those that the batch names; what stood there is known from before."""
+    nats, batch = [], seen.batches[""]
+    for i, original in enumerate(seen.field("input_ids")):
+        places = (batch["targets"][i] >= 0).nonzero()[:, 0].tolist()
+        ids = batch["input_ids"][i : i + 1, : int(batch["length"][i])]
+        log = log_softmax(seen.distiller.student(input_ids=ids).logits[0].numpy(), axis=1)
+        nats += [-log[place, original[place]] for place in places]
+    return {"loss": float(np.mean(nats))}
+
+
 FORMULAS: dict[str, Formulas] = {
     "sft": {"student": _sft},
     "kd": {"student": _kd},
@@ -322,8 +558,17 @@ FORMULAS: dict[str, Formulas] = {
     "gkd": {"student": _gkd},
     "minillm": {"student": _minillm},
     "promptkd": {"prompt": _promptkd_prompt, "student": _promptkd_student},
+    "prompt_distiller_lm": {"student": _prompt_distiller_lm},
+    "student_ft": {"student": _student_ft},
+    "kd_ft": {"student": _kd_ft},
+    "pkd_ft": {"student": _pkd_ft},
+    "tinybert_ft": {"student": _tinybert_ft},
+    "student_pt": {"student": _only_ce},
+    "prompt_kd": {"student": _prompt_kd},
+    "prompt_distiller": {"student": _prompt_distiller},
+    "mlm": {"student": _mlm},
 }
-"""What a method's default settings compute: per group the terms it logs and `loss`, nats per token."""
+"""What a method's default settings compute: per group the terms it logs and `loss`, in nats."""
 
 COEFFICIENTS = {"promptkd": ("prompt/loss", "prompt/prompt_kd", "prompt/prompt_reg")}
 """Logged (L, A, B) with L = A + (1 - g / T) B."""
@@ -335,7 +580,8 @@ class Fingerprint:
     """What a method's first updates left behind; lists have one entry per student update.
 
     `logged` are the numbers it logged, `own` those recomputed, `moved` the norm of each group's change,
-    `tokens` and `ends` the target tokens and the ends of sequences among them as counted from the rows,
+    `tokens` and `ends` the target tokens and the ends of sequences among them as counted from the rows (all
+    tokens, and no ends, of encoders),
     `disagree` what was counted in two ways with different results, `repeats` the largest difference between
     two forwards of each frozen model.
     """
@@ -353,17 +599,22 @@ class _Watched(Trainer):
     """A trainer that computes every update's terms before the method makes it."""
 
     def __init__(
-        self, distiller: Distiller, rows: Batch, extras: Mapping[str, Batch], formulas: Formulas
+        self,
+        distiller: Distiller,
+        sets: Mapping[str, Batch],
+        formulas: Formulas,
+        seen: Callable[[Mapping[str, Batch], _Watched], Any],
     ) -> None:
         recorder = Recorder()
-        sources = {name: BatchSource(extra) for name, extra in extras.items()}
+        sources = {name: BatchSource(rows) for name, rows in sets.items()}
+        source, self.dev = sources.pop("train"), sources.pop("dev")
         training = TrainingConfig(**TRAINING)
-        super().__init__(distiller, BatchSource(rows), training, 1, extras=sources, recorder=recorder)
-        self.lines, self.formulas = recorder.losses, formulas
+        super().__init__(distiller, source, training, 1, extras=sources, recorder=recorder)
+        self.lines, self.formulas, self.seen = recorder.losses, formulas, seen
         self.found = Fingerprint()
         self._own: dict[int, Terms] = {}
-        self._memory: dict[str, Any] = {}
-        self._eos = int(distiller.student.config.eos_token_id)  # type: ignore[union-attr, arg-type]
+        self.memory: dict[str, Any] = {}  # lasts as long as a visit
+        self._eos = distiller.student.config.eos_token_id  # type: ignore[union-attr]
         self._looking = False
         self._watch_frozen()
 
@@ -403,8 +654,7 @@ class _Watched(Trainer):
             modes = [(module, module.training) for module in self.distiller.modules()]
             self.distiller.eval()
             with self._only_looking():
-                seen = Seen(self.distiller, parts, self.index, self.total, self._memory)
-                for term, value in self.formulas[group](seen).items():
+                for term, value in self.formulas[group](self.seen(parts, self)).items():
                     self._own.setdefault(self.index, {})[f"{group}/{term}"] = value
             for module, training in modes:
                 module.training = training
@@ -415,6 +665,9 @@ class _Watched(Trainer):
     def _count(self, parts: Mapping[str, Batch]) -> None:
         tokens = ends = 0
         for part in parts.values():
+            if "prompt_length" not in part:
+                tokens += int(part["length"].sum())
+                continue
             rows = _rows(part)
             tokens += sum(len(row.targets) for row in rows)
             ends += sum(row.ids[t] == self._eos for row in rows for t in row.targets)
@@ -427,16 +680,13 @@ class _Watched(Trainer):
 
     def go(self) -> Fingerprint:
         """Make the updates and return what they left."""
-        made = (
-            self.prepare(SourceData({"train": self.source, "dev": self.source}, 5, self.processes.device))
-            or {}
-        )
-        if "train" in made:
-            self.source = BatchSource(made["train"])
         start = {name: param.detach().clone() for name, param in self.parameters().items()}
+        sources = {"train": self.source, "dev": self.dev, **self.extras}
+        for name, rows in (self.prepare(SourceData(sources, 5, self.processes.device)) or {}).items():
+            self.replace_rows(name, rows)
         with running(self.clock):
             while self.updates < UPDATES and self.visit < 10 * UPDATES:
-                self._memory.clear()
+                self.memory.clear()
                 self.one_visit()
         if self.updates < UPDATES:
             raise RuntimeError(f"{self.visit} visits made {self.updates} updates of 'student'")
@@ -461,30 +711,57 @@ def fingerprint(method: str, *, ulp: bool = False) -> Fingerprint:
     Raises: UserError when the gate has no models or rows for the method; whatever the method raises.
     """
     cls = registry.load_distiller(method)
-    if cls.head not in TinyInstruct.heads or not set(cls.needs) <= set(TinyInstruct.fields):
+    name, roles = registry.stem(method), stages.needed_roles(cls)
+    task = TinyInstruct(TinyInstruct.Settings(**ROWS))
+    sets = _instructions(task) if cls.head in INSTRUCTION.heads else {}
+    if cls.head in FEW_SHOT.heads:
+        sets = HEADS[cls.head].sets(roles, False)
+    if not sets or not set(cls.needs) <= set(sets["train"]):
         raise UserError(
             f"the gate has no models and rows for a {cls.head} method that needs {', '.join(cls.needs)}"
         )
-    task = TinyInstruct(TinyInstruct.Settings(**ROWS))
+    given = Given(sets)
+
+    def role(name: str) -> nn.Module:
+        if cls.head in INSTRUCTION.heads:
+            model = _model(name, task)
+        else:
+            model = _drawn(HEADS[cls.head].model(name, 0, False).double(), name).eval()
+        if ulp:
+            _one_ulp(model)
+        given.models[name] = copy.deepcopy(model)
+        return model
+
+    def seen(parts: Mapping[str, Batch], at: _Watched) -> Any:
+        if cls.head in FEW_SHOT.heads:
+            return SeenTexts(distiller, parts, given)
+        return Seen(distiller, parts, at.index, at.total, at.memory)
+
+    with torch.random.fork_rng(devices=[]):
+        distiller = stages.build(cls, SETTINGS.get(name, {}), role, 1, method).double()
+        return _Watched(distiller, sets, FORMULAS.get(name, {}), seen).go()
+
+
+def _instructions(task: TinyInstruct) -> dict[str, Batch]:
+    """Rows of the splits, text without prompts, and prompts without an answer that is used."""
     encoders = {"student": task.encoder(task.tokenizer())}
     rows = {split: task.collate(task.rows(split), encoders) for split in ("train", "dev")}
     dev = rows["dev"]
     text = dev.replace(prompt_length=torch.ones_like(dev["length"]), length=dev["length"].clamp(max=24))
-
-    def role(name: str) -> nn.Module:
-        model = _model(name, task)
-        if ulp:
-            _one_ulp(model)
-        return model
-
-    with torch.random.fork_rng(devices=[]):
-        distiller = stages.build(cls, {}, role, 1, method).double()
-        formulas = FORMULAS.get(registry.stem(method), {})
-        return _Watched(distiller, rows["train"], {"lm": text}, formulas).go()
+    return {**rows, "lm": text, "unlabeled": dev}
 
 
-def training_rows() -> dict[str, Any]:
+def training_rows(own: Family = INSTRUCTION) -> dict[str, Any]:
     """Counts and content hash of the rows that fingerprints train on."""
+    if own is FEW_SHOT:
+        found = {
+            head: {
+                name: {field: value.tolist() for field, value in rows.items()}
+                for name, rows in HEADS[head].sets(("student", "teacher", "pretrained"), False).items()
+            }
+            for head in own.heads
+        }
+        return {"sha256": hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]}
     task = TinyInstruct(TinyInstruct.Settings(**ROWS))
     rows = _rows(task.collate(task.rows("train"), {"student": task.encoder(task.tokenizer())}))
     eos = task.tokenizer().eos_token_id
@@ -500,29 +777,25 @@ def training_rows() -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------------------------------- scores
 def scores(method: str, seed: int, places: Places) -> dict[str, float | None]:
-    """Run a method on the gate's board and return its `SCORES`; None where one is not defined.
+    """Run a method on its family's board and return the family's scores; None where one is not defined.
 
     Raises: UserError for a method that the board cannot run; RuntimeError when its run is not `done`.
     """
-    run = resolve(load_board(str(_board_path())), "gate", method, seed)
+    own = family(method)
+    run = resolve(load_board(str(_board_path(own))), "gate", method, seed)
     record = Plan(run, places).execute()
     if record.status != "done":
         raise RuntimeError(f"the run ended as {record.status}: {record.reason}")
-    return {name: record.scores[name].value if name in record.scores else None for name in SCORES}
+    return {name: record.scores[name].value if name in record.scores else None for name in own.scores}
 
 
 # ------------------------------------------------------------------------------------------------- judgement
-def _reference_path() -> Path:
-    return configs_dir() / "gate" / "reference.json"
+def _reference_path(family: Family) -> Path:
+    return configs_dir() / "gate" / family.reference
 
 
-def _board_path() -> Path:
-    return configs_dir() / "gate" / "board.toml"
-
-
-def _own_settings() -> str:
-    """A hash of what the gate measures: a reference learned with other settings says nothing."""
-    return stages.digest(UPDATES, TRAINING, ROWS, SCORES, read_toml(_board_path()))
+def _board_path(family: Family) -> Path:
+    return configs_dir() / "gate" / family.board
 
 
 class _Judge:
@@ -561,12 +834,13 @@ class _Judge:
         except Exception as error:
             self.say(name, False, " ".join(f"raised {type(error).__name__}: {error}".split()))
 
-    def rows(self, found: Mapping[str, Any]) -> None:
-        """The training rows: each ends in an end of sequence, and they are those of the reference."""
-        good = found["ends"] == found["rows"]
-        self.say("rows/complete", good, f"{found['rows']} responses have {found['ends']} ends of sequence")
+    def rows(self, owner: str, found: Mapping[str, Any]) -> None:
+        """The training rows: each response has an end, and they are those of the reference."""
+        if "ends" in found:
+            what = f"{found['rows']} responses have {found['ends']} ends of sequence"
+            self.say(f"{owner}/complete", found["ends"] == found["rows"], what)
         for name, value in self.reference.get("rows", {}).items():
-            self.stored(f"rows/{name}", found[name] == value, f"{found[name]} instead of {value}")
+            self.stored(f"{owner}/{name}", found[name] == value, f"{found[name]} instead of {value}")
 
     def updates(self, method: str, found: Fingerprint) -> None:
         """A method's first updates: what holds by itself, then what is stored."""
@@ -682,25 +956,29 @@ def run(
     """
     start, report = time.monotonic(), Report()
     chosen = _chosen(methods)
-    judge = _Judge(_load(reference or _reference_path(), report), report)
     left = [method for method in chosen if method not in EXEMPT]
-    for method in [one for one in chosen if one in EXEMPT]:
-        judge.missing(f"{method}/all", EXEMPT[method], excused=True)
     bar = tqdm(total=len(left) * (updates + score), desc="gate", disable=None if progress else True)
     with _one_thread(), tempfile.TemporaryDirectory() as passing, bar:
-        if updates:
-            judge.rows(training_rows())
         kept = folder or Path(passing)
         places = Places(kept / "runs", kept / "cache")
-        for method in left:
+        for own, members in _by_family(chosen):
+            judge = _Judge(_load(reference or _reference_path(own), own, report), report)
             if updates:
-                with judge.guarded(f"{method}/updates"):
-                    judge.updates(method, fingerprint(method))
-                bar.update()
-            if score:
-                with judge.guarded(f"{method}/run"):
-                    judge.scores(method, scores(method, SEEDS[0], places))
-                bar.update()
+                judge.rows(own.name, training_rows(own))
+            for method in members:
+                if method in EXEMPT:
+                    judge.missing(f"{method}/all", EXEMPT[method], excused=True)
+                    continue
+                if updates:
+                    with judge.guarded(f"{method}/updates"):
+                        judge.updates(method, fingerprint(method))
+                    bar.update()
+                if score and method in UNSCORED:
+                    judge.missing(f"{method}/score", UNSCORED[method], excused=True)
+                elif score:
+                    with judge.guarded(f"{method}/run"):
+                        judge.scores(method, scores(method, SEEDS[0], places))
+                bar.update(int(score))
     without = [method for method in left if method not in FORMULAS]
     if updates and without:
         report.notes.append(f"no term is recomputed of {', '.join(without)}: no entry in FORMULAS")
@@ -716,6 +994,14 @@ def _chosen(methods: Sequence[str] | None) -> list[str]:
     return chosen
 
 
+def _by_family(methods: Sequence[str]) -> Iterator[tuple[Family, list[str]]]:
+    """Each family that some of the methods are of, with these."""
+    owners = {method: family(method) for method in methods}
+    for one in FAMILIES:
+        if members := [method for method in methods if owners[method] is one]:
+            yield one, members
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -724,7 +1010,7 @@ def _read(path: Path) -> dict[str, Any]:
     return data
 
 
-def _load(path: Path, report: Report) -> dict[str, Any]:
+def _load(path: Path, family: Family, report: Report) -> dict[str, Any]:
     """The stored reference, empty (and the report says so) where there is none that fits."""
     if not path.is_file():
         report.numbers.append(
@@ -732,7 +1018,7 @@ def _load(path: Path, report: Report) -> dict[str, Any]:
         )
         return {}
     data = _read(path)
-    if data.get("settings") != _own_settings():
+    if data.get("settings") != family.settings():
         why = f"{path.name} was learned with other settings of the gate: run `kdbench gate --learn`"
         report.numbers.append(Number("reference", "not measured", why))
         return {}
@@ -769,33 +1055,52 @@ def learn(
     """
     start, report = time.monotonic(), Report()
     chosen = [method for method in _chosen(methods) if method not in EXEMPT]
-    learned: dict[str, Any] = {}
-    rows = training_rows()
-    told = {"settings": _own_settings(), "versions": library_versions(), "rows": rows}
-    path, known = reference or _reference_path(), dict[str, Any]()
+    with tempfile.TemporaryDirectory() as folder, _pool() as pool:
+        for own, members in _by_family(chosen):
+            runs = _Runs(pool, folder, score, progress)
+            part = _learn(own, members, runs, reference or _reference_path(own))
+            report.numbers += part.numbers
+            report.notes += part.notes
+    report.seconds = time.monotonic() - start
+    return report
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Where and how the measurements of `learn` are made."""
+
+    pool: ProcessPoolExecutor
+    folder: str
+    score: bool
+    progress: bool
+
+
+def _learn(own: Family, methods: Sequence[str], runs: _Runs, path: Path) -> Report:
+    """`learn` for methods of one family."""
+    report, learned, rows = Report(), dict[str, Any](), training_rows(own)
+    told = {"settings": own.settings(), "versions": library_versions(), "rows": rows}
+    known = dict[str, Any]()
     if path.is_file() and all(_read(path).get(name) == value for name, value in told.items()):
         known = _read(path)["methods"]
     judge = _Judge({**told, "methods": learned}, report)
-    judge.rows(rows)
-    variants, seeds = ((1, False), (2, False), (1, True)), SEEDS if score else ()
-    with tempfile.TemporaryDirectory() as folder, _pool() as pool:
-        prints = {m: [pool.submit(_fingerprint_in, m, *variant) for variant in variants] for m in chosen}
-        runs = {m: [pool.submit(_scores_in, folder, m, seed) for seed in seeds] for m in chosen}
-        for method in tqdm(chosen, desc="learn", disable=None if progress else True):
-            with judge.guarded(f"{method}/learn"):
-                found, values = (
-                    [one.result() for one in prints[method]],
-                    [one.result() for one in runs[method]],
-                )
-                learned[method] = _of_updates(found)
-                judge.updates(method, found[0])
-                if score:
-                    learned[method]["scores"] = _bands(values, len(_chosen(None)))
-                    judge.scores(method, values[0])
+    judge.rows(own.name, rows)
+    variants, submit = ((1, False), (2, False), (1, True)), runs.pool.submit
+    prints = {m: [submit(_fingerprint_in, m, *variant) for variant in variants] for m in methods}
+    scored = [m for m in methods if runs.score and m not in UNSCORED]
+    given = {m: [submit(_scores_in, runs.folder, m, seed) for seed in SEEDS] for m in scored}
+    among = sum(family(method) is own and method not in UNSCORED for method in _chosen(None))
+    for method in tqdm(methods, desc="learn", disable=None if runs.progress else True):
+        with judge.guarded(f"{method}/learn"):
+            found = [one.result() for one in prints[method]]
+            values = [one.result() for one in given.get(method, ())]
+            learned[method] = _of_updates(found)
+            judge.updates(method, found[0])
+            if values:
+                learned[method]["scores"] = _bands(values, own.scores, among)
+                judge.scores(method, values[0])
     if report.passed:
         _write(path, {**told, "methods": {**known, **learned}})
     report.notes.append(f"{path.name}: {'stored' if report.passed else 'left as it was'}")
-    report.seconds = time.monotonic() - start
     return report
 
 
@@ -871,16 +1176,19 @@ def _of_updates(runs: Sequence[Fingerprint]) -> dict[str, Any]:
     }
 
 
-def _bands(runs: Sequence[Mapping[str, float | None]], methods: int) -> dict[str, Any]:
-    """Per score its values by seed and the interval for one more seed; none where a seed has no value."""
+def _bands(runs: Sequence[Mapping[str, float | None]], names: Sequence[str], methods: int) -> dict[str, Any]:
+    """Per score its values by seed and the interval for one more seed; none where a seed has no value.
+
+    `methods` is how many the share of false alarms is divided among.
+    """
     bands = {}
-    for name in SCORES:
+    for name in names:
         given = [run[name] for run in runs]
         values = np.array([value for value in given if value is not None])
         if len(values) < len(given):
             continue
         n = len(values)
-        quantile = float(stats.t.ppf(1 - FALSE_ALARM / (2 * methods * len(SCORES)), n - 1))
+        quantile = float(stats.t.ppf(1 - FALSE_ALARM / (2 * methods * len(names)), n - 1))
         middle, half = float(values.mean()), quantile * float(values.std(ddof=1)) * math.sqrt(1 + 1 / n)
         bands[name] = {"seeds": values.tolist(), "low": middle - half, "high": middle + half}
     return bands

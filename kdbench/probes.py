@@ -111,14 +111,16 @@ class ProbeBank(nn.Module):
         self.bias.copy_(decoder.bias[verbalizer_ids].expand_as(self.bias))
 
     def logits(self, states: Tensor) -> Tensor:
-        """Return class logits [B, L - 1, N] of the mask's states [B, L - 1, H], layers 1..L - 1 in order."""
+        """Return class logits [B, L - 1, N] of the mask's states [B, L - 1, H], layers 1..L - 1 in order, in
+        float32 at least.
+        """
         x = states.transpose(0, 1)
         if self.kind == "linear":
             x = torch.baddbmm(self.bias[:, None], self._normed(x), self.weight.transpose(1, 2))
-            return x.transpose(0, 1)
-        x = torch.baddbmm(self.dense_bias[:, None], x, self.dense_weight.transpose(1, 2))
-        x = self._normed(self._activation(x)) @ self.rows.T + self.bias[:, None]
-        return x.transpose(0, 1)
+        else:
+            x = torch.baddbmm(self.dense_bias[:, None], x, self.dense_weight.transpose(1, 2))
+            x = self._normed(self._activation(x)) @ self.rows.T + self.bias[:, None]
+        return (x if x.dtype == torch.float64 else x.float()).transpose(0, 1)
 
     def _normed(self, x: Tensor) -> Tensor:
         return torch.addcmul(
@@ -127,8 +129,7 @@ class ProbeBank(nn.Module):
 
     def probabilities(self, states: Tensor) -> Tensor:
         """Return each probe's distribution over classes, [B, L - 1, N], for states [B, L - 1, H]."""
-        logits = self.logits(states)
-        return (logits if logits.dtype == torch.float64 else logits.float()).softmax(-1)
+        return self.logits(states).softmax(-1)
 
     def mean(self, states: Tensor) -> Tensor:
         """Return the mean of the probes' distributions, [B, N], for states [B, L - 1, H]."""

@@ -84,6 +84,19 @@ def _random(cls: Any, config: Any, seed: int) -> Any:
         return cls(config).double().eval()
 
 
+def without_head(model: Any) -> Any:
+    """Turn `model` into one whose logits are twice those of its head, which so is not all there is."""
+
+    class Doubled(type(model)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().forward(*args, **kwargs)
+            out.logits = 2 * out.logits
+            return out
+
+    model.__class__ = Doubled
+    return model
+
+
 def tokens_of(word: int, family: str) -> list[int]:
     """The ids of a word: one for BERT; two for RoBERTa where the word's number is odd."""
     if family == "bert":
@@ -105,11 +118,12 @@ def class_rows(
     first_id: int = 100,
     labelled: bool = True,
     families: Mapping[str, str] = FAMILIES,
+    segments: bool = False,
 ) -> Batch:
     """Ragged rows of all roles with every field of `head`, padded one token beyond the longest.
 
     Labels go round the classes, or are -1. `families` says whose tokenizer a role has. Beyond six rows the
-    texts repeat with every word shifted by one.
+    texts repeat with every word shifted by one. `segments` gives prompts two segments, as some of PET's have.
     """
     texts = [_shifted(TEXTS[row % len(TEXTS)], row // len(TEXTS)) for row in range(count)]
     label = torch.arange(count) % classes if labelled else torch.full((count,), -1)
@@ -117,7 +131,8 @@ def class_rows(
     for role in ("student", *roles):
         prefix = "" if role == "student" else f"{role}."
         family = families[role]
-        own = _sequence(texts, family) if head == "sequence" else _prompted(texts, family, classes)
+        prompted = head != "sequence"
+        own = _prompted(texts, family, classes, segments) if prompted else _sequence(texts, family)
         fields |= {prefix + name: value for name, value in own.items()}
     return Batch(fields)
 
@@ -151,21 +166,25 @@ def _sequence(texts: Sequence[tuple[list[int], list[int]]], family: str) -> dict
     }
 
 
-def _prompted(texts: Sequence[tuple[list[int], list[int]]], family: str, classes: int) -> dict[str, Tensor]:
-    """CLS a MASK b SEP."""
+def _prompted(
+    texts: Sequence[tuple[list[int], list[int]]], family: str, classes: int, segments: bool
+) -> dict[str, Tensor]:
+    """CLS a MASK b SEP; the second of two segments starts after the mask."""
     special = SPECIAL[family]
-    ids, place = [], []
+    ids, place, parts = [], [], []
     for first, second in texts:
         before = [special["cls"], *(token for word in first for token in tokens_of(word, family))]
         after = [token for word in second for token in tokens_of(word, family)]
         ids.append([*before, special["mask"], *after, special["sep"]])
         place.append(len(before))
+        parts.append([0] * (len(before) + 1) + [1] * (len(after) + 1))
     words = torch.tensor([label_id(word, family) for word in LABEL_WORDS[:classes]])
     return {
         "input_ids": _padded(ids, special["pad"]),
         "length": torch.tensor([len(row) for row in ids]),
         "mask_index": torch.tensor(place),
         "verbalizer_ids": words.repeat(len(ids), 1),
+        **({"segment_ids": _padded(parts, 0)} if segments else {}),
     }
 
 

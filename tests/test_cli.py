@@ -1,6 +1,7 @@
 """The command line: what it prints, its exit codes, and one clear line for every mistake of the user."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -19,12 +20,23 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from kdbench import certify, cli
-from kdbench.commands import find_each, find_run, find_runs, narrowed, pairs, rows_of, runs_of
+from kdbench.commands import (
+    find_each,
+    find_run,
+    find_runs,
+    narrowed,
+    pairs,
+    rows_of,
+    runs_of,
+    trials,
+    write_tuning,
+)
 from kdbench.config import load_board
 from kdbench.errors import UserError
 from kdbench.evidence import read_evidence
 from kdbench.paths import leaderboards_dir
-from kdbench.record import Named, RunFolder, load, save
+from kdbench.record import Named, RunFolder, Score, load, save
+from kdbench.stages import Places
 
 TINY = leaderboards_dir() / "tiny-instruct" / "v1" / "board.toml"
 PLUGIN = Path(__file__).parent / "plugins" / "tempered_kd.py"
@@ -167,6 +179,68 @@ def test_tune_writes_what_the_board_then_uses(ran: tuple[int, str, str], here: P
     assert not any(trial.run_id in out for trial in tuned.trials), "trials are not reported"
     _, out, _ = call("run", "sft", "--board", board, "--size", "debug", "--seeds", "1", "--dry-run")
     assert re.search(r"sft seed 1 .*(to run|finished)", out)
+
+
+def axes_board(folder: Path, *changes: tuple[str, str]) -> Path:
+    """The few-shot board with tuning of its debug size at two of its data sets, all rows but one left out."""
+    text = (leaderboards_dir() / "tiny-fewshot" / "v1" / "board.toml").read_text()
+    head, *rows = re.split(r"(?=\[\[rows\]\])", text)
+    last, columns = rows[-1].split("\n# ---", 1)
+    kept = [row for row in [*rows[:-1], last] if 'name = "student_pt"' in row]
+    tuning = '[tuning]\nseed = 9\nfactors = [2.0, 1.0, 0.5]\nscore = "accuracy"\nsize = "debug"\n\n'
+    head = head.replace("[sizes.full]", f"{tuning}[sizes.full]", 1)
+    axes = '[sizes.debug]\naxes = { dataset = ["topic", "pairs"] }\n'
+    text = head.replace("[sizes.debug]\n", axes, 1) + "".join(kept) + "\n# ---" + columns
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    folder.mkdir()
+    (folder / "board.toml").write_text(text)
+    return folder / "board.toml"
+
+
+def test_trials_are_made_at_every_axis_value_and_their_mean_is_the_score(
+    ran: tuple[int, str, str], here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board = load_board(str(axes_board(here / "axes_tuned")))
+    (plans,) = trials(board, "cpu", Places(tmp_path / "runs", tmp_path / "cache")).values()
+    names = [(plan.run.training.lr, plan.run.axes["dataset"]) for plan in plans]
+    assert names == [(lr, data) for lr in (2e-3, 1e-3, 5e-4) for data in ("topic", "pairs")]
+    assert {plan.run.task_settings["dataset"] for plan in plans} == {"topic", "pairs"}
+    assert [plan.run.evaluation.sets for plan in plans] == [["topic"], ["pairs"]] * 3
+    select = {(p.run.select.rule, p.run.select.score, p.run.select.every, p.run.seed) for p in plans}
+    assert select == {("best", "accuracy", 4, 9)}, "the best dev score, as the board keeps it"
+
+    scores: dict[tuple[float, str], float | None] = {}
+    record = next(iter(folders(here).values())).record
+
+    def finished(plan: Any) -> Any:
+        score = scores[plan.run.training.lr, plan.run.axes["dataset"]]
+        record.scores = {} if score is None else {"dev/accuracy": Score(score, "", 8)}
+        return dataclasses.replace(record)
+
+    monkeypatch.setattr(type(plans[0]), "finished", finished)
+    for given, best, means in (
+        ([50, 70, 80, 40, 10, 20], 1e-3, [60, 60, 15]),  # a tie: the smaller rate
+        ([50, 70, 80, 45, 10, 20], 1e-3, [60, 62.5, 15]),
+        ([50, 70, 99, None, 10, 20], 2e-3, [60, None, 15]),  # one of its axis values is missing
+    ):
+        scores.update(zip(names, given, strict=True))
+        write_tuning(board, {"student_pt": plans})
+        tuned = load_board(str(here / "axes_tuned" / "board.toml")).tuned["student_pt"]
+        assert tuned.lr == best
+        assert [trial.score for trial in tuned.trials] == means
+        assert [trial.lr for trial in tuned.trials] == [2e-3, 1e-3, 5e-4]
+        ids = [one for trial in tuned.trials for one in trial.run_id.split(" ")]
+        assert ids == [plan.id for plan in plans]
+
+
+def test_trials_score_the_last_weights_where_the_board_keeps_them(here: Path, tmp_path: Path) -> None:
+    keeps = ('select = { rule = "best", score = "accuracy", every = 4 }\n\n[sizes.debug.training]',
+             'select = { rule = "last" }\n\n[sizes.debug.training]')  # fmt: skip
+    board = load_board(str(axes_board(here / "last_tuned", keeps)))
+    (plans,) = trials(board, "cpu", Places(tmp_path / "runs", tmp_path / "cache")).values()
+    assert {(p.run.select.rule, p.run.select.every) for p in plans} == {("last", 8)}
 
 
 # ----------------------------------------------------------------------------------------------- reading runs

@@ -410,7 +410,7 @@ BROKEN_CLASSES: dict[str, tuple[list[str], set[str], dict[str, str]]] = {
         {
             "body": """
             def loss(self, batch, step):
-                states = all_states(self.student, batch).states[1].square().mean((1, 2))
+                states = all_states(self.student, batch)[1].square().mean((1, 2))
                 return example_mean(self.values(batch) + states, batch)
             """
         },
@@ -562,7 +562,7 @@ BROKEN_CLASSES: dict[str, tuple[list[str], set[str], dict[str, str]]] = {
         {
             "body": """
             def values(self, batch):
-                logits = self.student.classifier(all_states(self.student, batch).states[-1][:, 1])
+                logits = self.student.classifier(all_states(self.student, batch)[-1][:, 1])
                 return cross_entropy(logits, batch["class_label"], reduction="none")
             """
         },

@@ -472,7 +472,10 @@ NEUTRAL = "a the film it was is in all one two three four five six seven".split(
 
 
 def text(i: int, marked: str) -> str:
-    return " ".join(NEUTRAL[(i * step + step) % len(NEUTRAL)] for step in range(1, 3 + i % 5)) + f" {marked}"
+    """A text of its own for each number below 3,375."""
+    size = len(NEUTRAL)
+    words = [(i * step + step) % size for step in range(1, 3 + i % 5)] + [i // size % size, i // size**2]
+    return " ".join([*(NEUTRAL[word] for word in words), marked])
 
 
 class Toy(FewShotTask):
@@ -590,7 +593,7 @@ def test_xu_repeats_rows_and_keeps_the_natural_share_of_classes() -> None:
 
 def test_a_draw_is_fixed_for_all_time_and_every_library_version() -> None:
     labels = [0, 1] * 10
-    made = draw(labels, 2, 3, 13, "toy", ratio=2)
+    made = draw(labels, range(len(labels)), 2, 3, 13, "toy", ratio=2)
     assert made["train"] == [16, 6, 14, 15, 9, 5]
     assert made["dev"] == [4, 10, 0, 1, 17, 19]
 
@@ -608,16 +611,50 @@ def test_a_draw_is_fixed_for_all_time_and_every_library_version() -> None:
 
 def test_each_draw_has_a_stream_of_its_own() -> None:
     labels = [i % 2 for i in range(100)]
-    base = draw(labels, 2, 4, 13, "toy")
-    assert draw(labels, 2, 4, 13, "toy", ratio=3)["train"] == base["train"]
-    assert draw(labels, 2, 4, 13, "toy", ratio=3)["unlabeled"] == base["unlabeled"][:24]
-    assert draw(labels, 2, 4, 13, "other")["train"] != base["train"]
-    assert draw(labels, 2, 4, 14, "toy")["unlabeled"] != base["unlabeled"]
-    more = draw(labels, 2, 8, 13, "toy")
+    base = draw(labels, range(len(labels)), 2, 4, 13, "toy")
+    assert draw(labels, range(len(labels)), 2, 4, 13, "toy", ratio=3)["train"] == base["train"]
+    assert draw(labels, range(len(labels)), 2, 4, 13, "toy", ratio=3)["unlabeled"] == base["unlabeled"][:24]
+    assert draw(labels, range(len(labels)), 2, 4, 13, "other")["train"] != base["train"]
+    assert draw(labels, range(len(labels)), 2, 4, 14, "toy")["unlabeled"] != base["unlabeled"]
+    more = draw(labels, range(len(labels)), 2, 8, 13, "toy")
     assert set(base["train"]) < set(more["train"]), "a larger K adds to a smaller one's X"
     assert toy(draw=13).rows("train") != toy(draw=12).rows("train")
     assert toy(draw=13).seed == 13
     assert toy(draw=13).rows("train") == toy(draw=1).rows("train")
+
+
+def test_a_repeated_text_is_in_one_of_x_dev_and_xu() -> None:
+    texts = [i % 9 for i in range(40)]  # of 40 rows 9 texts, most of them with both labels
+    labels = [int(i >= 20) for i in range(40)]
+    for seed in range(30):
+        made = draw(labels, texts, 2, 2, seed, "toy", ratio=5)
+        train, dev, more = ([texts[i] for i in made[split]] for split in ("train", "dev", "unlabeled"))
+        assert len({*train, *dev}) == len(train) + len(dev) == 8
+        assert [labels[i] for i in made["train"]] == [labels[i] for i in made["dev"]] == [0, 0, 1, 1]
+        assert set(more) == {*texts} - {*train, *dev}
+        assert len(set(made["unlabeled"])) > 1, "rows that repeat a text stay in Xu"
+    with pytest.raises(UserError, match="leaves none for the unlabelled set"):
+        draw(labels, [i % 8 for i in range(40)], 2, 2, 13, "toy")
+    with pytest.raises(UserError, match="fewer than two training rows of class 1 with texts of their own"):
+        draw([0, 0, 0, 1, 1], ["a", "b", "c", "d", "d"], 2, 1, 13, "toy")
+
+
+def test_a_text_is_the_same_whatever_its_case_and_spaces() -> None:
+    class Twice(Toy):
+        def pool(self) -> list[Row]:
+            rows = super().pool()
+            shouted = {name: "  ".join(["", *value.upper().split()]) for name, value in rows[0].items()}
+            return [rows[0], {**shouted, "label": rows[0]["label"]}, *rows[1:]]
+
+    for pair in (False, True):
+        task = Twice(Twice.Settings(dataset="toy", rows=(2, 2), k=1, pair=pair))
+        with pytest.raises(UserError, match="leaves none for the unlabelled set"):
+            task.rows("train")
+    task = Twice(Twice.Settings(dataset="toy", rows=(3, 3), k=1, pair=True))
+    for number in range(1, 6):
+        task = Twice(Twice.Settings(dataset="toy", rows=(3, 3), k=1, pair=True, draw=number))
+        drawn = {0, 1} & {*ids(task, "train"), *ids(task, "dev")}
+        assert not drawn or not {0, 1} & set(ids(task, "unlabeled", "source"))
 
 
 def test_regenerating_is_byte_identical() -> None:
@@ -650,7 +687,7 @@ def test_a_rare_class_gives_what_it_has() -> None:
         ({"rows": (60, 1)}, "data set 'toy' has fewer than two training rows of class 1"),
         (
             {"rows": (16, 16)},
-            "k = 8 takes all 32 training rows of 'toy' and leaves none for the unlabelled set",
+            "k = 8 takes the texts of all 32 training rows of 'toy' and leaves none for the unlabelled set",
         ),
         ({"k": 0}, "task toy: k = 0 must be 1 or more"),
         ({"draw": 0}, "draw = 0 must be 1 or more"),
@@ -734,7 +771,7 @@ def test_encodings_are_made_once_per_encoder_and_cuts_are_counted_per_role(
     monkeypatch.setattr(
         ClassEncoder, "encode", lambda self, rows: made.append(len(rows)) or encode(self, rows)
     )
-    task = toy(max_length=10)
+    task = toy(max_length=12)
     encoders = {
         "student": task.encoder(bert()),
         "teacher": task.encoder(roberta()),
@@ -744,7 +781,7 @@ def test_encodings_are_made_once_per_encoder_and_cuts_are_counted_per_role(
         task.collate(task.rows("train")[start : start + 4], encoders)
     assert [n for n in made if n] == [16, 16], "the two roles with one tokenizer share"
     counts = task.counts["train"]
-    cut = sum(len(text.split()) > 4 for text in (row["text"] for row in task.rows("train")))
+    cut = sum(len(text.split()) > 6 for text in (row["text"] for row in task.rows("train")))
     assert 0 < cut < 16
     assert counts["truncated/student"] == cut
     assert counts["truncated/teacher"] == counts["truncated/pretrained"]

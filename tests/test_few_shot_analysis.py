@@ -217,6 +217,9 @@ def fewshot_run(
     k: int = 16,
     student: Mapping[str, Any] | None = None,
     axes: Mapping[str, Any] | None = None,
+    teacher: str = "roberta",
+    training: Mapping[str, Any] | None = None,
+    task: Mapping[str, Any] | None = None,
     reference: bool = False,
     sets: Sequence[str] = (),
     examples: int = 60,
@@ -230,8 +233,12 @@ def fewshot_run(
         "title": title or TITLES.get(row, row),
         "reference": reference,
         "settings": dict(settings or {}),
-        "task_settings": {"dataset": dataset, "k": k, "draw": draw},
-        "roles": {"student": dict(student or {"model": "bert-small"})},
+        "task_settings": {"dataset": dataset, "k": k, "draw": draw, **(task or {})},
+        "training": dict(training or {}),
+        "roles": {
+            "student": {**(student or {"model": "bert-small"}), "seed": 0},
+            "teacher": {"model": teacher, "stages": [{"seed": draw}]},
+        },
     }
     run = make_run(
         root / f"run{number}",
@@ -393,16 +400,16 @@ def test_accuracy_shows_every_row_with_its_draws_and_interval(
             assert [line.get_xdata()[0] for line in ax.get_lines() if line.get_linestyle() == ":"] == [50]
 
 
-def test_an_ablation_is_the_rows_of_a_method_beside_its_baselines(
+def test_an_ablation_is_the_rows_of_a_method_beside_those_of_others(
     tmp_path: Path, shown: dict[str, Figure]
 ) -> None:
     full: dict[str, Any] = {"lam2": 0.2}
     rows = [
         ("zero_shot", "student_pt", {}, True),
         ("student_pt", "student_pt", {}, False),
-        ("prompt_kd", "prompt_kd", {}, False),
-        ("without_contrast", "prompt_distiller", {"lam2": 0.0}, False),
-        ("prompt_distiller", "prompt_distiller", full, False),
+        ("mine", "my_method", {}, False),
+        ("full", "prompt_distiller", full, False),
+        ("prompt_distiller", "prompt_distiller", {"lam2": 0.0}, False),
     ]
     runs = [
         fewshot_run(tmp_path / "runs", row, draw, method=method, settings=settings, reference=reference)
@@ -413,16 +420,15 @@ def test_an_ablation_is_the_rows_of_a_method_beside_its_baselines(
         add_probes(run, {"teacher/1": 50})
     found = groups.rows(runs)
     (one,) = groups.ablations(found)
-    names = ["prompt_distiller", "without_contrast", "prompt_kd", "student_pt"]
-    assert [row.row for row in one.rows] == names
-    main = ["zero_shot", "student_pt", "prompt_kd", "prompt_distiller"]
+    assert [row.row for row in one.rows] == ["full", "prompt_distiller", "student_pt", "mine"]
+    main = ["zero_shot", "student_pt", "mine", "full"]
     assert [row.row for row in groups.main_rows(found)] == main
     few_shot.figures(runs, tmp_path / "figures")
-    assert set(shown) == {"accuracy", "ablation", "confusion-sst2", "probes-prompt_distiller"}
+    assert set(shown) == {"accuracy", "ablation", "confusion-sst2", "probes-full"}
     (ax,) = shown["ablation"].axes
     np.testing.assert_allclose([x for x, *_ in marks(ax)], [row.accuracy(["sst2"]).value for row in one.rows])
     text = (tmp_path / "figures" / "few_shot.md").read_text("utf-8")
-    assert "## Ablation of Prompt-Distiller: accuracy (%)" in text
+    assert "## Ablation of full: accuracy (%)" in text
     apart = groups.difference(one.others[0], one.full, "sst2")
     assert apart is not None
     assert f"{apart.value:.1f} [{ends(apart)[0]:.1f}, {ends(apart)[1]:.1f}] |" in text
@@ -494,6 +500,76 @@ def test_curves_over_student_size_read_weights_or_configuration(
     (runs[0].path / "student" / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(RecordError, match="model.safetensors: is not a safetensors file"):
         groups.over_student_size(groups.rows(runs))
+
+
+def test_a_curve_over_student_size_joins_sizes_of_a_board(tmp_path: Path, shown: dict[str, Figure]) -> None:
+    def encoder(width: int) -> dict[str, Any]:
+        sizes = {"vocab_size": 99, "hidden_size": width, "num_hidden_layers": 2, "intermediate_size": width}
+        return {"architecture": {"model_type": "bert", "config": {**sizes, "max_position_embeddings": 9}}}
+
+    def made(root: str, size: str, width: int, row: str = "kd", **more: Any) -> list[RunFolder]:
+        return [
+            fewshot_run(tmp_path / root, row, draw, student=encoder(width), size=size, method="kd", **more)
+            for draw in (1, 2)
+        ]
+
+    runs = [*made("runs", "full", 8), *made("runs", "student-tiny", 4), *made("runs", "student-base", 16)]
+    short = made("runs", "debug", 16, training={"optimizer_steps": 8})
+    found = groups.rows([*runs, *short])
+    assert [row.title for row in found] == [
+        f"kd, {name}" for name in "full student-tiny student-base debug".split()
+    ]
+    assert len({row.name for row in found}) == 4
+    (curve,) = groups.over_student_size(found)
+    (points,) = curve.points.values()
+    values = [row.accuracy(["sst2"]) for row in (found[1], found[0], found[2])]
+    assert (curve.title, [one for _, one in points]) == ("kd", values)
+    few_shot.figures([*runs, *short], tmp_path / "figures")
+    assert len(marks(shown["accuracy_over_student_size"].axes[0])) == 3
+    assert {"probes-kd", "accuracy_over_k"}.isdisjoint(shown)
+    twice = made("runs", "again", 16)
+    with pytest.raises(RecordError, match=r"are two points of one curve at \d+ parameters on sst2"):
+        groups.over_student_size(groups.rows([*runs, *twice]))
+
+
+@pytest.mark.parametrize(
+    ("other", "titles"),
+    [
+        ({"board": "other/v1"}, ["KD (toy/v1)", "KD (other/v1)"]),
+        ({"teacher": "large"}, ["KD (teacher.model roberta)", "KD (teacher.model large)"]),
+        ({"training": {"lr": 0.1}}, ["KD", "KD (lr 0.1)"]),
+        ({"task": {"prompt_set": "pet-0"}}, ["KD", "KD (prompt_set pet-0)"]),
+        ({"task": {"unlabeled_ratio": 3}}, ["KD", "KD (unlabeled_ratio 3)"]),
+        ({"settings": {"alpha": 1}}, ["KD", "KD (alpha 1)"]),
+    ],
+)
+def test_rows_that_differ_in_more_than_k_are_curves_of_their_own(
+    tmp_path: Path, other: dict[str, Any], titles: list[str]
+) -> None:
+    runs = [
+        fewshot_run(tmp_path, f"{name}[k={k}]", draw, k=k, method="prompt_kd", title="KD", **more)
+        for name, more in (("one", {}), ("two", other))
+        for k in (16, 64)
+        for draw in ((2, 1) if k == 16 else (1, 2))
+    ]
+    found = groups.rows(runs)
+    curves = groups.over_k(found)
+    assert [len(one.points["sst2"]) for one in curves] == [2, 2]
+    values = [row.accuracy(["sst2"]) for row in found]
+    assert [point for one in curves for _, point in one.points["sst2"]] == values
+    assert [one.title for one in curves] == titles
+    assert all(f"\n| {title} | " in write(found) for title in titles)
+
+
+def test_two_rows_of_one_k_are_refused(tmp_path: Path) -> None:
+    runs = [
+        fewshot_run(tmp_path, row, k=k, method="prompt_kd", axes={"k": k})
+        for row in ("one", "two")
+        for k in (16, 64)
+    ]
+    assert len(groups.over_k(groups.rows(runs[:2]))) == 1
+    with pytest.raises(RecordError, match="run0 and .*run2: are two points of one curve at 16 K on sst2"):
+        groups.over_k(groups.rows(runs))
 
 
 def test_parameters_of_a_configuration_are_those_of_the_model(tmp_path: Path) -> None:

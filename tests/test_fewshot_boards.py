@@ -4,6 +4,7 @@ folders in the hub's format to a table works with tiny models.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import tomllib
@@ -69,7 +70,8 @@ def test_rows_share_all_but_what_they_compare(name: str) -> None:
             assert run.task_settings["draw"] == 2
             assert run.task_settings["dataset"] == board.axis_values()[0]["dataset"]
             if not row.reference:
-                told = [run.training, run.select, run.task_settings, run.roles["student"], run.evaluation]
+                training = dataclasses.replace(run.training, schedule="linear")
+                told = [training, run.select, run.task_settings, run.roles["student"], run.evaluation]
                 shared.add(json.dumps([str(one) for one in told]))
         assert len(shared) == 1, size
 
@@ -338,3 +340,33 @@ def test_probe_accuracies_are_scores_of_the_record(made: dict[str, Any]) -> None
     for bank, count in layers.items():
         found = [name for name in scores if name.startswith(f"method/probe_accuracy/{bank}/")]
         assert len(found) == count
+
+
+# ---------------------------------------------------------------------------------- what the tiny board shows
+def averages(paths: list[Path]) -> dict[str, float]:
+    """Mean accuracy of each row over data sets and draws, in %; every row has all of them."""
+    board = load_board("tiny-fewshot/v1")
+    found: dict[str, list[float]] = {}
+    for one in map(record.load, paths):
+        found.setdefault(one.row, []).append(one.value(f"few_shot/accuracy/{one.axes['dataset']}") or 0.0)
+    assert {len(values) for values in found.values()} == {len(board.seeds) * len(board.axis_values())}
+    return {row: sum(values) / len(values) for row, values in found.items()}
+
+
+def in_order(mean: dict[str, float]) -> None:
+    """Directions with slack; no gain of contrast and no order of the baselines is claimed."""
+    assert mean["teacher_pt"] > mean["prompt_distiller"] + 2
+    assert mean["prompt_distiller"] >= mean["student_pt"] + 2
+    assert mean["student_pt"] > mean["student_zero_shot"] + 2
+
+
+def test_published_records_are_in_order() -> None:
+    in_order(averages(sorted((leaderboards_dir() / "tiny-fewshot" / "v1" / "records").glob("*.json"))))
+
+
+@pytest.mark.slow
+def test_five_draws_run_anew_are_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDBENCH_CACHE", str(tmp_path / "cache"))
+    command = ["run", "student_pt", "prompt_distiller", "--board", "tiny-fewshot/v1", "--device", "cpu"]
+    assert main([*command, "--runs", str(tmp_path / "runs")]) == 0
+    in_order(averages(sorted(tmp_path.glob("runs/tiny-fewshot/v1/*/record.json"))))

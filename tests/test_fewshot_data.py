@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from kdbench import data
 from kdbench.errors import UserError
 from kdbench.few_shot import LM_BFF, prompt_of
+from kdbench.task import Row
 from kdbench.tasks.fewshot import FewShot
 
 SETS = ("mnli", "mpqa", "mr", "rte", "snli", "sst2", "trec")
@@ -277,6 +278,11 @@ def real(data_root: Path) -> Callable[..., FewShot]:
     return lambda dataset, **more: fewshot(dataset, data_root, k=more.pop("k", 16), **more)
 
 
+def said(row: Row) -> tuple[str, ...]:
+    """What a row says, without case and spaces."""
+    return tuple("".join(row[name].lower().split()) for name in ("text", "text_a", "text_b") if name in row)
+
+
 @pytest.mark.parametrize("dataset", SETS)
 def test_real_draws(real: Callable[..., FewShot], dataset: str) -> None:
     """14.8 on the real sets: five draws of 16 a class."""
@@ -290,6 +296,11 @@ def test_real_draws(real: Callable[..., FewShot], dataset: str) -> None:
         assert not train & dev
         assert not set(sources) & (train | dev)
         assert len(sources) == {2: 320, 3: 480, 6: 960}[n]
+        labelled, selecting, more = (
+            [said(row) for row in task.rows(split)] for split in ("train", "dev", "unlabeled")
+        )
+        assert len({*labelled, *selecting}) == 32 * n, "no text twice, and none in both"
+        assert not {*labelled, *selecting} & set(more)
         for split in ("train", "dev"):
             assert set(Counter(row["class_label"] for row in task.rows(split)).values()) == {16}
         sets.append(frozenset(train))
@@ -337,6 +348,11 @@ def test_lm_bffs_own_samples_have_the_same_form(
         found = [(label, row["label"]) for label, row in zip(told, theirs, strict=True) if label is not None]
         assert len(found) > 0.9 * len(theirs)
         assert sum(a == b for a, b in found) > 0.99 * len(found)
+
+
+def test_mpqa_repeats_texts(real: Callable[..., FewShot]) -> None:
+    pool = real("mpqa").pool()
+    assert len(pool) - len({said(row) for row in pool}) >= 1076
 
 
 def test_real_shortfall_of_trecs_rare_class(real: Callable[..., FewShot]) -> None:

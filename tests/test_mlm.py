@@ -94,13 +94,37 @@ def test_shares_of_what_tokens_become() -> None:
     seen, was = made["input_ids"][chosen], made["targets"][chosen]
     assert len(seen) == 8000
     by_mask, kept = (seen == MASK).double().mean().item(), (seen == was).double().mean().item()
-    # a random token is the mask, or the token that was there, once in V times each
-    for share, expected in ((by_mask, 0.8 + 0.1 / V), (kept, 0.1 + 0.1 / V)):
+    # a random token is the one that was there once in V - 2 times, never the mask or the padding
+    for share, expected in ((by_mask, 0.8), (kept, 0.1 + 0.1 / (V - 2))):
         assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / 8000)
     random = seen[(seen != MASK) & (seen != was)]
-    assert set(random.tolist()) == set(range(V)) - {MASK}
+    assert set(random.tolist()) == set(range(V)) - {MASK, PAD}
     places = chosen.double().mean(0)[1:41]
     assert (places - 0.5).abs().max() < 5 * 0.5 / math.sqrt(400)
+
+
+@pytest.mark.parametrize(("pad", "mask"), [(0, 3), (38, 39), (39, 0), (17, 16), (None, 5)])
+def test_a_random_token_is_any_but_padding_and_mask(pad: int | None, mask: int) -> None:
+    model = tiny()
+    model.config.pad_token_id, model.config.mask_token_id = pad, mask
+    mlm = MLM(MLM.Config(mask_share=1.0, replaced_by_mask=0.0, replaced_at_random=1.0), model)
+    made = mlm.masked(rows(*[42] * 200), FakeStep())
+    drawn = made["input_ids"][made["targets"] >= 0].bincount(minlength=V)
+    words = set(range(V)) - {pad, mask}
+    assert set(drawn.nonzero()[:, 0].tolist()) == words
+    mean = 8000 / len(words)
+    assert max(abs(int(drawn[word]) - mean) for word in words) < 4.5 * math.sqrt(mean)
+
+
+def test_positions_of_a_row_stay_consecutive() -> None:
+    """RoBERTa counts positions over what is not the padding id, so one inside a row would shift the rest."""
+    mlm = make("roberta", mask_share=1.0, replaced_by_mask=0.0, replaced_at_random=1.0)
+    embeddings, looked_up = mlm.student.roberta.embeddings, []
+    embeddings.position_embeddings.register_forward_hook(
+        lambda module, inputs, output: looked_up.append(inputs[0])
+    )
+    embeddings(input_ids=mlm.masked(rows(*[42] * 50), FakeStep())["input_ids"])
+    assert torch.equal(looked_up[0], (torch.arange(42) + PAD + 1).expand(50, 42))
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def make(student_layers: int = 3, teacher_layers: int = 5, **settings: Any) -> P
     torch.manual_seed(5)
     student = tiny_bert(1, classes=CLASSES, layers=student_layers)
     teacher = tiny_roberta(2, classes=CLASSES, layers=teacher_layers)
-    return PKDFT(PKDFT.Config(**settings), student, teacher).double()
+    return PKDFT(PKDFT.Config(**settings), student, teacher)
 
 
 def prepared(method: PKDFT, rows: Batch | None = None) -> Batch:

@@ -169,8 +169,8 @@ def test_half_precision_states_give_float32_probabilities() -> None:
     model = model_of("bert").float()
     bank = ProbeBank(model, 3)
     with torch.autocast("cpu", torch.bfloat16):
-        found = bank.probabilities(torch.randn(2, 3, 8))
-    assert found.dtype == torch.float32
+        states = torch.randn(2, 3, 8)
+        assert bank.logits(states).dtype == bank.probabilities(states).dtype == torch.float32
 
 
 @pytest.mark.parametrize(

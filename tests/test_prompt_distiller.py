@@ -21,6 +21,7 @@ from class_kit import (
     row_states,
     tiny_bert,
     tiny_roberta,
+    without_head,
 )
 from method_kit import log_softmax
 from probe_kit import inner_states, probe_probabilities
@@ -32,6 +33,7 @@ from kdbench.distiller import Batch, Distiller
 from kdbench.distillers.prompt_distiller import PromptDistiller, contrastive, draw_negatives
 from kdbench.distillers.prompt_kd import PromptKD
 from kdbench.distillers.student_pt import StudentPT
+from kdbench.errors import UserError
 from kdbench.harness import BatchSource, Recorder, SourceData, Trainer
 from kdbench.streams import stream_seed, uniform
 
@@ -40,13 +42,16 @@ Sets = Mapping[str, Batch]
 FORMS = ["literal", "log", "infonce"]
 
 
-def sets(classes: int = 2, roles: tuple[str, ...] = ROLES) -> dict[str, Batch]:
+def sets(classes: int = 2, segments: bool = False) -> dict[str, Batch]:
     """X of 9 rows, D_dev of 6, Xu of 10: texts of X and Xu come in other orders."""
-    xu = class_rows("masked_lm", classes, roles, count=13, first_id=500, labelled=False)
+
+    def texts(count: int, first_id: int = 100, labelled: bool = True) -> Batch:
+        return class_rows("masked_lm", classes, ROLES, count, first_id, labelled, segments=segments)
+
     return {
-        "train": class_rows("masked_lm", classes, roles, count=9),
-        "dev": class_rows("masked_lm", classes, roles, count=18, first_id=300).rows(slice(12, 18)),
-        "unlabeled": xu.rows(list(range(12, 2, -1))),
+        "train": texts(9),
+        "dev": texts(18, first_id=300).rows(slice(12, 18)),
+        "unlabeled": texts(13, first_id=500, labelled=False).rows(list(range(12, 2, -1))),
     }
 
 
@@ -98,10 +103,14 @@ def step_on(
 
 
 # -------------------------------------------------------------------------------------- the oracle
-def pbar(distiller: PromptDistiller, role: str, batch: Batch, weights: Any = None) -> Array:
-    """Mean probe distribution [B, N] of a role on its own view of the rows."""
-    mean: Array = probe_probabilities(distiller.bank(role), getattr(distiller, role), batch.of(role)).mean(1)
-    return mean
+def read_by_probes(distiller: PromptDistiller, role: str, batch: Batch) -> Array:
+    """Each probe's distribution, [B, L - 1, N], of a role on its own view of the rows."""
+    return probe_probabilities(distiller.bank(role), getattr(distiller, role), batch.of(role))
+
+
+def match(t: Array, s: Array) -> float:
+    """The exponent of eq. 5: the sum over all pairs of probes, over N_T N_S."""
+    return sum(float(a @ b) for a in t for b in s) / (len(t) * len(s))
 
 
 def kd_oracle(s: Array, t: Array, a: float, form: str) -> float:
@@ -150,13 +159,13 @@ def oracle(distiller: PromptDistiller, data: Sets, visit: int = 3, seed: int = 7
         for role in roles:
             z_t = row_logits(getattr(distiller, role), batch.of(role))
             kd += [kd_oracle(s, t, cfg.alpha, cfg.kd_form) for s, t in zip(z_s, z_t, strict=True)]
-            own, student = pbar(distiller, role, batch), pbar(distiller, "student", batch)
+            own, student = (read_by_probes(distiller, one, batch) for one in (role, "student"))
             told = labels if name == "labeled" else z_t.argmax(-1)
             ids = batch["example_id"].tolist()
             for i, negative in enumerate(drawn(seed, visit, name, role, ids, told.tolist(), cfg.negatives)):
                 pairs = [(m, m if cfg.cpd_pairs == "same_sample" else i) for m in negative]
-                others = [float(own[m] @ student[s]) for m, s in pairs]
-                cpd.append(cpd_oracle(float(own[i] @ student[i]), others, cfg.cpd_form))
+                others = [match(own[m], student[s]) for m, s in pairs]
+                cpd.append(cpd_oracle(match(own[i], student[i]), others, cfg.cpd_form))
         found[f"kd_{name}"] = cfg.lam1 * float(np.mean(kd))
         found[f"cpd_{name}"] = cfg.lam2 * float(np.mean(cpd))
     return found
@@ -179,9 +188,9 @@ VARIANTS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=str)
-@pytest.mark.parametrize("classes", [2, 3])
-def test_every_term_is_that_of_its_equation(classes: int, settings: dict[str, Any]) -> None:
-    distiller, data = made(classes, **{"negatives": 3, **settings}), sets(classes)
+@pytest.mark.parametrize(("classes", "segments"), [(2, False), (3, False), (2, True)])
+def test_every_term_is_that_of_its_equation(classes: int, segments: bool, settings: dict[str, Any]) -> None:
+    distiller, data = made(classes, **{"negatives": 3, **settings}), sets(classes, segments)
     rows = rows_of(trainer_of(distiller, data))
     loss, terms, _, _ = step_on(distiller, rows)
     expected = oracle(distiller, data)
@@ -191,9 +200,17 @@ def test_every_term_is_that_of_its_equation(classes: int, settings: dict[str, An
     assert terms == {"skipped_labeled": 0, "skipped_unlabeled": 0}
 
 
-def test_whole_vocabulary_in_the_first_term_alone() -> None:
+@pytest.mark.parametrize("own_head", [True, False])
+def test_whole_vocabulary_in_the_first_term_alone(own_head: bool) -> None:
+    def student() -> Any:
+        model = tiny_bert(1, "masked_lm", 3, layers=3)
+        return model if own_head else without_head(model)
+
     for settings in ({}, {"lam2": 0.0}):
-        one, other = (made(3, pt_loss=name, **settings) for name in ("label_words", "full_vocab"))
+        one, other = (
+            made(3, student=student(), pt_loss=name, **settings) for name in ("label_words", "full_vocab")
+        )
+        assert (mlm_head(other.student) is not None) == own_head
         data = sets(3)
         _, terms, _, _ = step_on(one, rows_of(trainer_of(one, data)))
         _, full, _, _ = step_on(other, rows_of(trainer_of(other, data)))
@@ -215,22 +232,38 @@ def test_gradient_is_the_slope() -> None:
 
 
 # ------------------------------------------------------------------------- worked values and bounds
-def g(values: list[float]) -> Tensor:
+def g(values: Any) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def test_matching_score_is_the_product_of_means() -> None:
-    """Eq. 5: the sum over all pairs of probes, by its own double loop."""
+WORKED = [("literal", -0.635116), ("log", 0.453947), ("infonce", 0.945661)]
+
+
+@pytest.mark.parametrize(("form", "expected"), WORKED)
+def test_matching_score_of_two_banks_is_the_sum_over_pairs_of_probes(form: Any, expected: float) -> None:
+    """Eq. 5 through the method, with banks that answer given distributions for any text."""
     t, s = np.array([[0.9, 0.1], [0.7, 0.3]]), np.array([[0.6, 0.4], [0.8, 0.2]])
-    pairs = sum(float(a @ b) for a in t for b in s) / 4
-    assert pairs == pytest.approx(0.62)
-    assert float(t.mean(0) @ s.mean(0)) == pytest.approx(pairs)
-    assert np.exp(pairs) == pytest.approx(1.858928, abs=5e-7)
+    assert np.exp(match(t, s)) == pytest.approx(1.858928, abs=5e-7)
+    distiller = made(lam1=0.0, lam2=1.0, cpd_form=form, unlabeled=False)
+    for role, told in (("teacher", t), ("student", s)):
+        distiller.bank(role).probabilities = (  # type: ignore[method-assign]
+            lambda states, told=told: torch.from_numpy(told).expand(len(states), 2, 2)
+        )
+    rows = rows_of(trainer_of(distiller, sets()))["labeled"]
+    found = (
+        distiller.bank("teacher").mean(torch.zeros(1, 3, 12))
+        @ distiller.bank("student").mean(torch.zeros(1, 2, 8)).mT
+    )
+    assert found.item() == pytest.approx(match(t, s), rel=1e-14)
+    part = rows.rows([0]).replace(
+        teacher_negatives=g([[[0.1, 0.9], [0.3, 0.7]]]), teacher_valid=torch.tensor([[True, True]])
+    )
+    step = ClassStep()
+    distiller.student_loss({"labeled": part}, step)  # type: ignore[arg-type]
+    assert step.terms["cpd_labeled"] == pytest.approx(expected, abs=5e-7)
 
 
-@pytest.mark.parametrize(
-    ("form", "expected"), [("literal", -0.635116), ("log", 0.453947), ("infonce", 0.945661)]
-)
+@pytest.mark.parametrize(("form", "expected"), WORKED)
 def test_worked_value_of_the_contrast(form: Any, expected: float) -> None:
     student = np.array([0.7, 0.3])
     positive = float(np.array([0.8, 0.2]) @ student)
@@ -316,21 +349,25 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.parametrize("segments", [False, True])
 @pytest.mark.parametrize("pt_loss", ["label_words", "full_vocab"])
-def test_without_weights_it_is_prompt_tuning_bit_by_bit(pt_loss: Any) -> None:
+def test_without_weights_it_is_prompt_tuning_bit_by_bit(pt_loss: Any, segments: bool) -> None:
+    data = sets(segments=segments)
     plain = StudentPT(StudentPT.Config(pt_loss), tiny_bert(1, "masked_lm", layers=3))
-    expected = student_after(plain, sets())
-    assert same(student_after(made(lam1=0.0, lam2=0.0, pt_loss=pt_loss), sets()), expected)
-    assert not same(student_after(made(lam1=0.0, lam2=0.1, pt_loss=pt_loss), sets()), expected)
+    expected = student_after(plain, data)
+    assert same(student_after(made(lam1=0.0, lam2=0.0, pt_loss=pt_loss), data), expected)
+    assert not same(student_after(made(lam1=0.0, lam2=0.1, pt_loss=pt_loss), data), expected)
 
 
+@pytest.mark.parametrize("segments", [False, True])
 @pytest.mark.parametrize("form", ["literal", "hinton_t2"])
-def test_without_contrast_and_unlabelled_texts_it_is_prompt_kd_bit_by_bit(form: Any) -> None:
+def test_without_contrast_and_unlabelled_texts_it_is_prompt_kd_bit_by_bit(form: Any, segments: bool) -> None:
+    data = sets(segments=segments)
     student, teacher = tiny_bert(1, "masked_lm", layers=3), tiny_roberta(7, "masked_lm", layers=4)
-    expected = student_after(PromptKD(PromptKD.Config(kd_form=form), student, teacher), sets())
-    assert same(student_after(made(lam2=0.0, unlabeled=False, kd_form=form), sets()), expected)
-    assert same(student_after(made(contrast=False, unlabeled=False, kd_form=form), sets()), expected)
-    assert not same(student_after(made(lam2=0.0, kd_form=form), sets()), expected)
+    expected = student_after(PromptKD(PromptKD.Config(kd_form=form), student, teacher), data)
+    assert same(student_after(made(lam2=0.0, unlabeled=False, kd_form=form), data), expected)
+    assert same(student_after(made(contrast=False, unlabeled=False, kd_form=form), data), expected)
+    assert not same(student_after(made(lam2=0.0, kd_form=form), data), expected)
 
 
 def test_without_the_contrastive_weight_the_probes_do_nothing() -> None:
@@ -450,8 +487,8 @@ def test_probes_are_those_of_a_plain_loop_with_the_best_step_kept(role: str) -> 
         named = [(n, p) for n, p in named if n not in ("predictions.bias", "bias")]
         adam = torch.optim.AdamW(
             [
-                {"params": [p for n, p in named if "bias" not in n], "weight_decay": 0.3},
-                {"params": [bias, *(p for n, p in named if "bias" in n)], "weight_decay": 0.0},
+                {"params": [p for n, p in named if "dense.weight" in n], "weight_decay": 0.3},
+                {"params": [bias, *(p for n, p in named if "dense.weight" not in n)], "weight_decay": 0.0},
             ],
             lr=0.05,
         )
@@ -566,14 +603,18 @@ def test_contrast_alone_reaches_the_layers_below_the_last_probe() -> None:
 
 
 def test_a_step_costs_one_forward_of_the_student_and_none_of_a_teacher() -> None:
-    distiller = made()
-    rows = rows_of(trainer_of(distiller, sets()))
-    calls = []
-    for role in ("student", *ROLES):
-        getattr(distiller, role).base_model.register_forward_hook(lambda *_, role=role: calls.append(role))
-    step = ClassStep(extras={"unlabeled": rows["unlabeled"]})
-    distiller.train_step(rows["labeled"], step)  # type: ignore[arg-type]
-    assert calls == ["student"]
+    for settings in ({}, {"pt_loss": "full_vocab"}, {"lam2": 0.0}, {"cpd_pairs": "same_sample"}):
+        distiller = made(**settings)
+        rows = rows_of(trainer_of(distiller, sets()))
+        calls: list[str] = []
+        for role in ("student", *ROLES):
+            for part in (getattr(distiller, role).base_model, mlm_head(getattr(distiller, role))):
+                assert part is not None
+                name = f"{role} {type(part).__name__}"
+                part.register_forward_hook(lambda *_, name=name, calls=calls: calls.append(name))
+        step = ClassStep(extras={"unlabeled": rows["unlabeled"]})
+        distiller.train_step(rows["labeled"], step)  # type: ignore[arg-type]
+        assert calls == ["student BertModel", "student BertOnlyMLMHead"]
 
 
 def test_a_step_with_caches_is_that_of_live_teachers() -> None:
@@ -590,7 +631,7 @@ def test_a_step_with_caches_is_that_of_live_teachers() -> None:
                 fresh[name] = part.replace(
                     **{
                         f"{role}_logits": torch.tensor(row_logits(getattr(self, role), raw.of(role))),
-                        f"{role}_mean_probe": torch.tensor(pbar(self, role, raw)),
+                        f"{role}_mean_probe": torch.tensor(read_by_probes(self, role, raw).mean(1)),
                     }
                 )
             return super().student_loss(fresh, step)
@@ -671,9 +712,58 @@ def test_refreshed_probes_follow_the_student_and_no_other_bank_moves() -> None:
     for name, value in kept.state_dict().items():
         if name.startswith(("teacher_probes", "pretrained_probes")):
             assert torch.equal(distiller.state_dict()[name], value), name
-    states = torch.tensor(inner_states(distiller.student, sets()["dev"]))
-    right = distiller.bank("student").logits(states).argmax(-1) == sets()["dev"]["class_label"][:, None]
-    assert right.shape == (6, 2)
+
+
+def test_refreshed_probes_are_those_of_a_plain_loop_on_the_student_of_that_visit() -> None:
+    """Weights and moments go on from the last training; the best step on dev is kept, and is recorded."""
+    steps, clip, data = 8, 0.2, sets()
+    distiller = made(probe_refresh_every=2, probe_steps=steps, probe_lr=0.05, probe_weight_decay=0.3)
+    trainer = trainer_of(distiller, data, grad_clip=clip)
+    trainer.one_visit()
+    trainer.one_visit()
+    student, bank = copy.deepcopy(distiller.student), copy.deepcopy(distiller.bank("student"))
+    told, optimizer = copy.deepcopy(distiller.state["probe_accuracy"]), trainer.optimizers["student_probes"]
+    copies = dict(bank.requires_grad_(True).named_parameters(prefix="student_probes"))
+    name_of = {id(param): name for name, param in optimizer.params.items()}
+    adam = torch.optim.AdamW(
+        [{"params": [copies[name_of[id(p)]] for p in each["params"]]} for each in optimizer.adam.param_groups]
+    )
+    adam.load_state_dict(copy.deepcopy(optimizer.adam.state_dict()))
+    trainer.one_visit()
+
+    x, dev = data["train"], data["dev"]
+    states, dev_states = (torch.tensor(inner_states(student, rows)) for rows in (x, dev))
+    right, saved, cut = [], [], 0
+    for _ in range(steps):
+        adam.zero_grad()
+        logits = bank.logits(states)
+        torch.stack(
+            [nn.functional.cross_entropy(logits[:, j], x["class_label"]) for j in (0, 1)]
+        ).mean().backward()
+        norm = torch.stack([p.grad.norm() for p in bank.parameters() if p.grad is not None]).norm()
+        for param in bank.parameters():
+            if param.grad is not None and norm > clip:
+                param.grad *= clip / norm
+        cut += int(norm > clip)
+        adam.step()
+        with torch.no_grad():
+            answers = bank.logits(dev_states).argmax(-1)
+        right.append(100 * (answers == dev["class_label"][:, None]).double().mean(0).numpy())
+        saved.append(copy.deepcopy(bank.state_dict()))
+    best = int(np.mean(right, axis=1).argmax())
+    assert 0 < best < steps - 1, "a selection that matters"
+    assert cut > 0, "a clip that matters"
+    for name, value in distiller.bank("student").state_dict().items():
+        torch.testing.assert_close(value, saved[best][name], rtol=0, atol=1e-10)
+    found = distiller.state["probe_accuracy"]
+    assert found["student"] == pytest.approx(right[best].tolist())
+    assert {role: found[role] for role in ROLES} == {role: told[role] for role in ROLES}
+    rows = distiller.bank("student").rows
+    words = x["verbalizer_ids"][0]
+    first: Any = tiny_bert(1, "masked_lm", layers=3)
+    assert torch.equal(rows, first.cls.predictions.decoder.weight[words])
+    decoder: Any = student.cls.predictions.decoder  # type: ignore[union-attr]
+    assert not torch.equal(rows, decoder.weight[words])
 
 
 # ---------------------------------------------------------------------------------------- unlabelled
@@ -701,7 +791,7 @@ def test_without_unlabelled_texts_the_board_needs_none() -> None:
     trainer = trainer_of(distiller, data)
     trainer.fit()
     assert trainer.updates == 6
-    with pytest.raises(ValueError, match="no rows 'unlabeled'"):
+    with pytest.raises(UserError, match="no rows 'unlabeled'"):
         trainer_of(made(), data)
     distiller = made()
     labeled = rows_of(trainer_of(distiller, sets()))["labeled"]
@@ -895,14 +985,17 @@ def test_prepare_reads_what_it_depends_on() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"alpha": 0.0}, "alpha = 0.0 is not above 0"),
-        ({"lam1": -1.0}, "lam1 = -1.0 is under 0"),
-        ({"lam2": -0.5}, "lam2 = -0.5 is under 0"),
-        ({"negatives": -1}, "negatives = -1 is under 0"),
+        ({"alpha": 0.0}, "alpha = 0.0 is not a finite number above 0"),
+        ({"lam1": -1.0}, "lam1 = -1.0 is not a finite number of 0 or more"),
+        ({"lam2": np.nan}, "lam2 = nan is not a finite number of 0 or more"),
+        ({"aux_weight": np.inf}, "aux_weight = inf is not a finite number of 0 or more"),
+        ({"probe_weight_decay": -0.1}, "probe_weight_decay = -0.1 is not a finite"),
+        ({"negatives": -1}, "negatives = -1 is not a finite number of 0 or more"),
         ({"probe_steps": 0}, "probe_steps = 0 is under 1"),
-        ({"probe_lr": 0.0}, "probe_lr = 0.0 is not above 0"),
+        ({"probe_lr": np.inf}, "probe_lr = inf is not a finite number above 0"),
         ({"unlabeled_per_step": 0}, "unlabeled_per_step = 0 is under 1"),
-        ({"probe_refresh_every": -1}, "probe_refresh_every = -1 is under 0"),
+        ({"probe_refresh_every": -1}, "probe_refresh_every = -1 is not a finite"),
+        ({"probe": "copy", "contrast": False}, "probe = 'copy' is none of head_copy, linear, frozen_head"),
     ],
 )
 def test_settings_out_of_range_are_named(wrong: dict[str, Any], message: str) -> None:

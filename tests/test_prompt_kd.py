@@ -268,7 +268,14 @@ def test_a_step_with_the_cache_is_that_of_a_live_teacher() -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"alpha": 0.0}, "alpha = 0.0 is not above 0"), ({"lam1": -0.1}, "lam1 = -0.1 is under 0")],
+    [
+        ({"alpha": 0.0}, "alpha = 0.0 is not a finite number above 0"),
+        ({"alpha": math.nan}, "alpha = nan is not a finite number above 0"),
+        ({"alpha": math.inf}, "alpha = inf is not a finite number above 0"),
+        ({"lam1": -0.1}, "lam1 = -0.1 is not a finite number of 0 or more"),
+        ({"lam1": math.nan}, "lam1 = nan is not a finite number of 0 or more"),
+        ({"lam1": math.inf}, "lam1 = inf is not a finite number of 0 or more"),
+    ],
 )
 def test_settings_out_of_range_are_named(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

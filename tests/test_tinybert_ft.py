@@ -49,7 +49,7 @@ def make(mode: Any, teacher: Any = None, **settings: Any) -> TinyBERTFT:
     teacher = teacher or tiny_roberta(2, classes=CLASSES, layers=4)
     torch.manual_seed(5)
     student = tiny_bert(1, classes=CLASSES, layers=2)
-    return TinyBERTFT(TinyBERTFT.Config(mode=mode, **settings), student, teacher).double()
+    return TinyBERTFT(TinyBERTFT.Config(mode=mode, **settings), student, teacher)
 
 
 def raw_rows(mode: str) -> Batch:
@@ -132,6 +132,9 @@ def test_layers_come_first_and_prediction_last(mode: str) -> None:
     assert method.loss(rows, LATE).item() == pytest.approx(late, abs=1e-12)
     never = make(mode, intermediate_share=0.0)
     assert never.loss(rows, ClassStep()).item() == method.loss(rows, LATE).item()
+    always, step = make(mode, intermediate_share=1.0), ClassStep(progress=0.999)
+    always.loss(rows, step)
+    assert set(step.terms) == terms
 
 
 # ------------------------------------------------------------------------------------------- full
@@ -162,10 +165,17 @@ def test_scores_are_those_that_the_model_turns_into_its_maps() -> None:
         (tiny_roberta(2), class_rows().of("teacher")),
     ):
         model.set_attn_implementation("eager")
-        out = all_states(model, rows, attentions=True)
-        scores = attention_scores(model, out.states, range(1, len(out.states)))
+        states = all_states(model, rows)
+        scores = attention_scores(model, states, range(1, len(states)))
+        width = int(rows["length"].max())
+        real = (torch.arange(width) < rows["length"][:, None]).long()
+        ids = rows["input_ids"][:, :width].masked_fill(real == 0, model.config.pad_token_id)
+        kinds = (
+            {} if model.config.type_vocab_size == 1 else {"token_type_ids": rows["segment_ids"][:, :width]}
+        )
+        maps = model(ids, attention_mask=real, **kinds, output_attentions=True).attentions
         beyond = torch.arange(scores[0].shape[-1]) >= rows["length"][:, None]
-        for one, theirs in zip(scores, out.attentions, strict=True):
+        for one, theirs in zip(scores, maps, strict=True):
             ours = one.masked_fill(beyond[:, None, None], float("-inf")).softmax(-1)
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
@@ -211,7 +221,7 @@ def test_half_precision_products_are_summed_in_single_precision(mode: str) -> No
     method = method.float()
     with torch.autocast("cpu", torch.bfloat16):
         loss = method.loss(prepared(method), ClassStep())
-        states = all_states(method.student, raw_rows(mode)).states
+        states = all_states(method.student, raw_rows(mode))
         assert attention_scores(method.student, states, [1])[0].dtype == torch.float32
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(value, rel=0.05)
@@ -317,7 +327,7 @@ def test_words_by_hand() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"intermediate_share": 1.0}, "intermediate_share = 1.0"),
+        ({"intermediate_share": 1.1}, "intermediate_share = 1.1"),
         ({"intermediate_share": -0.1}, "intermediate_share = -0.1"),
         ({"temperature": 0.0}, "temperature = 0.0"),
     ],

@@ -15,30 +15,22 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from kdbench import losses
 from kdbench.classify import class_logits
 from kdbench.distiller import Batch
+from kdbench.losses import cross_entropy as cross_entropy
 
 Form = Literal["literal", "hinton", "hinton_t2"]
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return -log softmax(logits) at each row's label, [B]. `labels` [B] are in 0..N-1: -1 is refused.
-
-    Raises: RuntimeError for a label out of range.
-    """
-    return -logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
-
-
 def soft_cross_entropy(q_logits: Tensor, p_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Return -sum_y p(y) log q(y), [B], of the distributions softmax(logits / temperature)."""
-    p = (p_logits / temperature).softmax(-1)
-    return -(p * (q_logits / temperature).log_softmax(-1)).sum(-1)
+    return losses.soft_cross_entropy(q_logits / temperature, p_logits / temperature)
 
 
 def kl_divergence(q_logits: Tensor, p_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Return KL(p || q), [B], of the distributions softmax(logits / temperature)."""
-    log_p, log_q = (p_logits / temperature).log_softmax(-1), (q_logits / temperature).log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    return losses.forward_kl(q_logits / temperature, p_logits / temperature)
 
 
 def distilled(q_logits: Tensor, p_logits: Tensor, temperature: float, form: Form) -> Tensor:

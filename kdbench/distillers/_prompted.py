@@ -6,6 +6,7 @@ https://arxiv.org/abs/2001.07676, sec. 3.1; `full_vocab` as in the code of EasyN
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from torch import Tensor, nn
@@ -16,18 +17,18 @@ from kdbench.distillers._classes import cross_entropy
 
 PtLoss = Literal["label_words", "full_vocab"]
 
-READ = ("input_ids", "length", "mask_index", "verbalizer_ids")  # what a model reads of a prompted text
+READ = ("input_ids", "length", "mask_index", "verbalizer_ids")  # what any prompted text has
 
 
 def needs_of(*roles: str) -> tuple[str, ...]:
-    """Return the fields of a batch that the student and these roles read."""
+    """Return the fields of a batch that the student and these roles read; see `read_of` for one more."""
     others = tuple(f"{role}.{name}" for role in roles for name in READ)
     return ("example_id", "class_label", *READ, *others)
 
 
-def student_rows(batch: Batch) -> Batch:
-    """Return the student's fields alone, on the CPU: what training needs once teachers are cached."""
-    return batch.of("student").with_totals(None).to("cpu")
+def read_of(batch: Batch) -> list[str]:
+    """Return the fields that a model reads of these texts: prompts of two segments add `segment_ids`."""
+    return [*READ, *(["segment_ids"] if "segment_ids" in batch else [])]
 
 
 def vocabulary_cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
@@ -45,12 +46,19 @@ def prompt_tuning(student: nn.Module, batch: Batch, pt_loss: PtLoss) -> tuple[Te
 
 
 def at_least(**values: float) -> None:
-    """Raises: ValueError naming a value that is under 0."""
+    """Raises: ValueError naming a value that is no finite number of 0 or more."""
     for name, value in values.items():
-        if value < 0:
-            raise ValueError(f"{name} = {value} is under 0")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} = {value} is not a finite number of 0 or more")
+
+
+def above_zero(**values: float) -> None:
+    """Raises: ValueError naming a value that is no finite number above 0."""
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} = {value} is not a finite number above 0")
 
 
 def joined(batches: list[Batch]) -> Batch:
     """Return the rows of all batches, as the model reads them, for one forward."""
-    return Batch.cat([Batch({name: batch[name] for name in READ}) for batch in batches])
+    return Batch.cat([Batch({name: batch[name] for name in read_of(batch)}) for batch in batches])

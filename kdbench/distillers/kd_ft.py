@@ -9,7 +9,8 @@ the class logits of student (S) and teacher (T):
 g and T are from the grid that PKD (Sun et al. 2019, https://arxiv.org/abs/1908.09355, sec. 4.2) gives this
 baseline; `mse` is the loss of Tang et al. 2019, https://arxiv.org/abs/1903.12136, sec. 3.2, with no label.
 Differs: the teacher's term is a divergence, 0 for equal models, where Hinton et al. have the cross-entropy
-with soft targets: the gradient is the same. `mse` is divided by the number of classes.
+with soft targets: the gradient is the same. `mse` is divided by the number of classes. No dropout, unless the
+training setting `student_dropout` brings it back.
 """
 
 from __future__ import annotations

@@ -5,7 +5,9 @@ predicted; 80 % of these are replaced by the mask, 10 % by a random token, 10 % 
 Differs: no next-sentence prediction; tokens are chosen anew at each visit, as in Liu et al. 2019 (RoBERTa),
 https://arxiv.org/abs/1907.11692, sec. 4.1, not once beforehand; the first and the last token of a row, the
 tokenizer's marks, are never chosen; a row's `cloze_index` always is, as the mask itself, so that a prompt's
-slot is seen as it will be used; the mean is over the chosen tokens of the whole update; no dropout.
+slot is seen as it will be used; a random token is never the padding, from which RoBERTa counts positions,
+nor the mask; the mean is over the chosen tokens of the whole update; no dropout, unless the training setting
+`student_dropout` brings it back.
 """
 
 from __future__ import annotations
@@ -52,6 +54,8 @@ class MLM(Distiller):
         if getattr(config, "mask_token_id", None) is None:
             raise ValueError("the student's config has no mask_token_id: its tokenizer needs a mask token")
         self.mask_token, self.vocabulary = int(config.mask_token_id), int(config.vocab_size)
+        padding = getattr(config, "pad_token_id", None)
+        self.never_drawn = sorted({self.mask_token} if padding is None else {self.mask_token, int(padding)})
 
     def train_step(self, batch: Batch, step: Step) -> None:
         """Choose and replace tokens, then update the student once."""
@@ -79,9 +83,15 @@ class MLM(Distiller):
         fate = draw("replace").masked_fill(cloze, NONE)
         by_mask = fate < self.cfg.replaced_by_mask
         at_random = ~by_mask & (fate < self.cfg.replaced_by_mask + self.cfg.replaced_at_random)
-        seen = torch.where(at_random, (draw("token") * self.vocabulary).long(), ids)
-        seen = seen.masked_fill(by_mask, self.mask_token)
+        seen = torch.where(at_random, self._token(draw("token")), ids).masked_fill(by_mask, self.mask_token)
         return batch.replace(input_ids=torch.where(chosen, seen, ids), targets=ids.masked_fill(~chosen, NONE))
+
+    def _token(self, number: Tensor) -> Tensor:
+        """Return a token id for each number in [0, 1): all are as likely but those never drawn."""
+        ids = (number * (self.vocabulary - len(self.never_drawn))).long()
+        for skipped in self.never_drawn:  # in ascending order
+            ids = ids + (ids >= skipped)
+        return ids
 
     def loss(self, batch: Batch, step: Step) -> Tensor:
         """Return the cross-entropy, nats per predicted token."""

@@ -21,7 +21,16 @@ Differs: the paper leaves much open; each choice is a setting.
   factors are those of the negative's own text: `cpd_pairs` "same_sample", for which S reads the negatives.
   Such a loss asks for disagreement on them, so neither is the default.
 - Number and pool of negatives, and architecture and training of the probes, are not given.
+- The probes of a bank share the step that is kept, the first with the best mean dev accuracy; step 0, before
+  any update, is no candidate. The clip of `training.grad_clip` is that of the bank's joint gradient; betas,
+  eps and no_decay are the board's.
+- Probes trained anew (`probe_refresh_every`) keep the label rows of the initial decoder and the moments of
+  their optimizer.
+- `aux_hidden` matches states at the mask alone, not at every position.
 - An anchor without any negative adds 0 to a mean that still counts it; `skipped_anchors` counts them.
+- Dropout is off, unless the training setting `student_dropout` brings the student's back. Caches, probes
+  and their training never have it.
+- The log has the value of each term, not the norm of its gradient.
 """
 
 from __future__ import annotations
@@ -29,21 +38,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from kdbench.classify import class_logits, classified, mask_logits, mlm_head
+from kdbench.classify import classified
 from kdbench.distiller import Batch, Data, Distiller, Group, Parts, Step, Store, example_mean, freeze
-from kdbench.distillers._classes import Form, cross_entropy, distilled
+from kdbench.distillers._classes import Form, cross_entropy, distilled, with_cache
 from kdbench.distillers._prompted import (
-    READ,
     PtLoss,
+    above_zero,
     at_least,
     joined,
     needs_of,
-    student_rows,
+    read_of,
     vocabulary_cross_entropy,
 )
 from kdbench.probes import ProbeBank, ProbeKind
@@ -74,7 +83,11 @@ class PromptDistiller(Distiller):
 
     @dataclass
     class Config:
-        """Names as in the paper: `alpha` is the temperature. Ablations: lam2 = 0, unlabeled = false."""
+        """Names as in the paper: `alpha` is the temperature.
+
+        Ablations: `lam2 = 0` and `contrast = false` are the same one, without contrast (the second trains no
+        probes either); `unlabeled = false` is the one without unlabelled texts.
+        """
 
         alpha: float = 10.0  # temperature of the distillation terms, above 0
         lam1: float = 0.2  # weight of L_KD on X and on Xu
@@ -99,14 +112,14 @@ class PromptDistiller(Distiller):
         aux_weight: float = 1.0
 
         def __post_init__(self) -> None:
-            for name in ("alpha", "probe_lr"):
-                if not getattr(self, name) > 0:
-                    raise ValueError(f"{name} = {getattr(self, name)} is not above 0")
+            above_zero(alpha=self.alpha, probe_lr=self.probe_lr)
             at_least(lam1=self.lam1, lam2=self.lam2, negatives=self.negatives, aux_weight=self.aux_weight)
             at_least(probe_weight_decay=self.probe_weight_decay, probe_refresh_every=self.probe_refresh_every)
             for name in ("unlabeled_per_step", "probe_steps"):
-                if getattr(self, name) < 1:
+                if not getattr(self, name) >= 1:
                     raise ValueError(f"{name} = {getattr(self, name)} is under 1")
+            if self.probe not in get_args(ProbeKind):
+                raise ValueError(f"probe = '{self.probe}' is none of {', '.join(get_args(ProbeKind))}")
 
     def __init__(self, cfg: Config, student: nn.Module, teacher: nn.Module, pretrained: nn.Module) -> None:
         super().__init__(cfg, student, teacher)
@@ -203,7 +216,7 @@ class PromptDistiller(Distiller):
                 model = getattr(self, role)
                 self.bank(role).set_label_words(model, train[0].of(role)["verbalizer_ids"][0])
                 self._train_probes(role, train, dev, step)
-            self.dev_rows.add(Batch.cat([student_rows(batch) for batch in dev]).to(self._device))
+            self.dev_rows.add(Batch.cat([batch.of("student") for batch in dev]).to(self._device))
         made = {"train": self._cached(train, ("teacher",))}
         if self.cfg.unlabeled:
             made["unlabeled"] = self._cached(list(data.batches("unlabeled")), self.unlabeled_teachers)
@@ -223,21 +236,21 @@ class PromptDistiller(Distiller):
 
     def _cached(self, batches: list[Batch], roles: tuple[str, ...]) -> Batch:
         """The student's rows with what each of `roles` says of them."""
-        rows = []
-        for batch in batches:
+
+        def told(batch: Batch) -> dict[str, Tensor]:
             fields = {}
             for role in roles:
                 model = getattr(self, role)
                 with evaluating(model):
                     seen = classified(model, batch.of(role))
-                    fields[f"{role}_logits"] = seen.logits.cpu()
-                    if self.probed:
-                        fields[f"{role}_mean_probe"] = self.bank(role).mean(seen.states[:, 1:-1]).cpu()
+                fields[f"{role}_logits"] = seen.logits
+                if self.probed:
+                    fields[f"{role}_mean_probe"] = self.bank(role).mean(seen.states[:, 1:-1])
                 if self.fit is not None:
-                    every = depth(model) // depth(self.student)
-                    fields[f"{role}_states"] = seen.states[:, ::every].cpu()
-            rows.append(student_rows(batch).replace(**fields))
-        return Batch.cat(rows)
+                    fields[f"{role}_states"] = seen.states[:, :: depth(model) // depth(self.student)]
+            return fields
+
+        return with_cache(batches, told)
 
     def _train_probes(self, role: str, train: list[Batch], dev: list[Batch], step: Step) -> None:
         """Train the bank of `role` on the states of all of X at once; keep its best step on dev."""
@@ -306,7 +319,7 @@ class PromptDistiller(Distiller):
             fields[f"{role}_negatives"] = pool[f"{role}_mean_probe"][index]
             fields[f"{role}_valid"] = valid
             if self.cfg.cpd_pairs == "same_sample":
-                fields |= {f"{role}_negative_{field}": pool[field][index] for field in READ}
+                fields |= {f"{role}_negative_{field}": pool[field][index] for field in read_of(part)}
             step.count("skipped_anchors", float((~valid.any(-1)).sum()))
         return part.replace(**fields)
 
@@ -317,7 +330,13 @@ class PromptDistiller(Distiller):
         if same_sample:
             texts += [negative_texts(parts[name], role) for name, role in views]
         sizes = [text.size for text in texts]
-        ce, logits, states = self._answers(joined(texts), parts["labeled"])
+        seen, labelled = classified(self.student, joined(texts)), parts["labeled"]
+        logits, states, first = seen.logits, seen.states, slice(labelled.size)
+        if cfg.pt_loss == "full_vocab":
+            assert seen.whole is not None
+            ce = vocabulary_cross_entropy(seen.whole[first], labelled)
+        else:
+            ce = cross_entropy(logits[first], labelled["class_label"])
 
         def of_views(rows: Tensor) -> Tensor:
             """The student's rows of each view: those of a part come again for its second teacher."""
@@ -353,7 +372,7 @@ class PromptDistiller(Distiller):
                 step.log(**{f"{term}_{name}": found[-1]})
             return found
 
-        loss = example_mean(ce, parts["labeled"])
+        loss = example_mean(ce, labelled)
         step.log(mlm=loss)
         for term, (weight, values) in terms.items():
             for value in means(values, weight, term):
@@ -361,27 +380,6 @@ class PromptDistiller(Distiller):
         if self.contrasts:
             means(1.0 - teacher["valid"].any(-1).to(ce.dtype), 1.0, "skipped")
         return loss
-
-    def _answers(self, rows: Batch, labelled: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """From one forward: the cross-entropy of the labelled rows, which come first, [b], and of all rows
-        the class logits [R, N] and the states [R, L + 1, H] (empty where no term reads them).
-        """
-        full, first = self.cfg.pt_loss == "full_vocab", slice(labelled.size)
-        whole, states = None, rows["length"].new_zeros(rows.size, 0)
-        if self.contrasts or self.fit is not None:
-            seen = classified(self.student, rows)
-            logits, states = seen.logits, seen.states
-            if full:
-                head: Any = mlm_head(self.student)
-                whole = head(states[first, -1]).to(logits.dtype)
-        elif full:
-            whole = mask_logits(self.student, rows)
-            logits = whole.gather(1, rows["verbalizer_ids"])
-        else:
-            logits = class_logits(self.student, rows)
-        if whole is None:
-            return cross_entropy(logits[first], labelled["class_label"]), logits, states
-        return vocabulary_cross_entropy(whole[first], labelled), logits, states
 
 
 def contrastive(g: Tensor, valid: Tensor, form: CpdForm) -> Tensor:
@@ -424,7 +422,7 @@ def view(part: Batch, role: str) -> Batch:
 
 def negative_texts(part: Batch, role: str) -> Batch:
     """Return the student's fields of all negatives, anchor by anchor, B x M rows."""
-    return Batch({field: part[f"{role}_negative_{field}"].flatten(0, 1) for field in READ})
+    return Batch({field: part[f"{role}_negative_{field}"].flatten(0, 1) for field in read_of(part)})
 
 
 def labels_of(rows: Batch, name: str, role: str) -> Tensor:

@@ -5,7 +5,9 @@ Source: the baseline Prompt-KD of Prompt-Distiller (ICASSP 2023), its eq. 2 and 
     L = L_MLM(X) + lam1 L_KD(X)
 
 Differs: eq. 3 divides the teacher's probabilities by the temperature, which only scales the term; `kd_form`
-"literal" is that, the default softens the logits of both models. Its minimum is 0, see `distilled`.
+"literal" is that, the default softens the logits of both models. Its minimum is 0, see `distilled`. Dropout
+is off, unless the training setting `student_dropout` brings the student's back. The paper does not say over
+which words the probability of L_MLM is normalised: `pt_loss`.
 """
 
 from __future__ import annotations
@@ -13,11 +15,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdbench.distiller import Batch, Data, Distiller, Step, example_mean
-from kdbench.distillers._classes import Form, distilled, teacher_logits
-from kdbench.distillers._prompted import PtLoss, at_least, needs_of, prompt_tuning, student_rows
+from kdbench.distillers._classes import Form, distilled, teacher_logits, with_cache
+from kdbench.distillers._prompted import PtLoss, above_zero, at_least, needs_of, prompt_tuning
 
 
 class PromptKD(Distiller):
@@ -37,20 +39,16 @@ class PromptKD(Distiller):
         pt_loss: PtLoss = "label_words"  # the N label words, or the whole vocabulary
 
         def __post_init__(self) -> None:
-            if not self.alpha > 0:
-                raise ValueError(f"alpha = {self.alpha} is not above 0")
+            above_zero(alpha=self.alpha)
             at_least(lam1=self.lam1)
-
-    def __init__(self, cfg: Config, student: nn.Module, teacher: nn.Module) -> None:
-        super().__init__(cfg, student, teacher)
 
     def prepare(self, data: Data, step: Step) -> Mapping[str, Batch]:
         """Let the teacher read the labelled examples; its class logits join their rows."""
-        batches = data.batches("train")
-        rows = [
-            student_rows(b).replace(teacher_logits=teacher_logits(self.teacher, b).cpu()) for b in batches
-        ]
-        return {"train": Batch.cat(rows)}
+        return {
+            "train": with_cache(
+                data.batches("train"), lambda batch: {"teacher_logits": teacher_logits(self.teacher, batch)}
+            )
+        }
 
     def loss(self, batch: Batch, step: Step) -> Tensor:
         """Return the weighted sum of both terms, nats per example."""

@@ -2,7 +2,7 @@
 
 Source: Devlin et al. 2019 (BERT), https://arxiv.org/abs/1810.04805, sec. 4: cross-entropy of a classifier on
 the first token; two sentences are read as a pair.
-Differs: no dropout, unless the board's training setting brings it back.
+Differs: no dropout, unless the training setting `student_dropout` brings it back.
 """
 
 from __future__ import annotations

@@ -1,8 +1,11 @@
 """Prompt-tuning of all parameters: cross-entropy of the label words at the mask, without a teacher.
 
 Source: eq. 2 of Prompt-Distiller (ICASSP 2023), the PET of Schick & Schütze 2021,
-https://arxiv.org/abs/2001.07676, sec. 3.1, with one pattern and no auxiliary loss. With the teacher's model
-in the student's place it tunes the teacher.
+https://arxiv.org/abs/2001.07676, sec. 3.1. With the teacher's model in the student's place it tunes the
+teacher.
+Differs: PET has several patterns, an ensemble of their models and an auxiliary loss of masked words; here is
+one pattern and the cross-entropy. PET and eq. 2 normalise over the label words; `pt_loss` "full_vocab" does
+so over the whole vocabulary. Dropout is off, unless the training setting `student_dropout` brings it back.
 """
 
 from __future__ import annotations

@@ -17,7 +17,16 @@ Means over positions are those of one row's own tokens, so that neither padding 
 them; the code divides by the padded length and leaves the scores of padding's queries in. Scores are not
 zeroed where they fall under -100, which in the code is how padding is known. L_pred's division by N is the
 code's (`class_mean`). The classifier is the student's own; the code's applies a ReLU to the pooled state.
-Data augmentation, general distillation and learning rates of each stage are left out.
+Data augmentation and general distillation are left out; no dropout, unless the training setting
+`student_dropout` brings it back.
+The code runs the stages one after the other, each with its own learning rate, schedule and optimizer; here
+they share those of the row. So the second stage has only the end of the schedule: after a share of 0.8 of a
+linear one to 0, a tenth of the peak rate in the mean. It goes on with the first's moments of AdamW, which for
+pooler and classifier are zeros whose start is long corrected for: under a steady gradient their first steps
+grow to 4.9 rates after 800 updates (6.6 at most), where a new AdamW takes 1. Weight decay acts on them in
+both stages. A dev score before the second is that of a classifier never trained, and may be selected.
+A board's row may keep the rate (`schedule = "constant"`). As in the code: one run with `intermediate_share` 1
+whose last weights are kept, then one in mode `prediction` from its student, `run:<id>`; budgets add up.
 """
 
 from __future__ import annotations
@@ -50,13 +59,13 @@ class TinyBERTFT(Distiller):
         """What of the teacher is matched, and when."""
 
         mode: Literal["prediction", "full", "aligned"] = "prediction"
-        intermediate_share: float = 0.8  # share of the updates that match layers, from 0 to below 1
+        intermediate_share: float = 0.8  # share of the updates that match layers, 0 to 1
         temperature: float = 1.0  # t, divides both models' logits
         class_mean: bool = True  # divides L_pred by the number of classes
 
         def __post_init__(self) -> None:
-            if not 0 <= self.intermediate_share < 1:
-                raise ValueError(f"intermediate_share = {self.intermediate_share} is not in [0, 1)")
+            if not 0 <= self.intermediate_share <= 1:
+                raise ValueError(f"intermediate_share = {self.intermediate_share} is not in [0, 1]")
             if not self.temperature > 0:
                 raise ValueError(f"temperature = {self.temperature} is not above 0")
 
@@ -70,7 +79,7 @@ class TinyBERTFT(Distiller):
         small: Any = student.config
         large: Any = teacher.config
         self.layers = uniform_map(large.num_hidden_layers, small.num_hidden_layers)
-        self.fit = nn.Linear(small.hidden_size, large.hidden_size)
+        self.fit = nn.Linear(small.hidden_size, large.hidden_size).to(next(student.parameters()).dtype)
         if cfg.mode == "full":
             if small.vocab_size != large.vocab_size:
                 raise _two_tokenizers(f"vocabularies of {small.vocab_size} and {large.vocab_size} tokens")
@@ -103,9 +112,9 @@ class TinyBERTFT(Distiller):
     def intermediate_loss(self, batch: Batch, step: Step) -> Tensor:
         """Return L_attn + L_hidn in mode `full`, L_hidn in mode `aligned`."""
         theirs = batch.of("teacher")
-        q = all_states(self.student, batch).states
+        q = all_states(self.student, batch)
         with torch.no_grad():
-            p = all_states(self.teacher, theirs).states
+            p = all_states(self.teacher, theirs)
         fitted = [self.fit(state).to(state.dtype) for state in q]
         followed = [p[layer] for layer in self.layers]
         if self.cfg.mode == "aligned":
