@@ -430,6 +430,12 @@ def _curves(groups: Sequence[list[Row]], x: Callable[[Row], float | None], what:
     return found
 
 
+def _shared(facts: Iterable[Iterable[str]]) -> set[str]:
+    """What all of them say."""
+    first, *others = map(set, facts)
+    return first.intersection(*others)
+
+
 def _titles(groups: Sequence[Sequence[Row]]) -> list[str]:
     """A title of each group; those of groups that are called alike say what these differ in."""
     plain, found = [_common_title(group) for group in groups], []
@@ -437,10 +443,8 @@ def _titles(groups: Sequence[Sequence[Row]]) -> list[str]:
         alike = [row for other, rows in zip(plain, groups, strict=True) if other == title for row in rows]
         told: list[str] = []
         for facts in (_names, _leaves):
-            own, every = [set(facts(row)) for row in group], [set(facts(row)) for row in alike]
-            told = told or [
-                one for one in facts(group[0]) if one in set.intersection(*own) - set.intersection(*every)
-            ]
+            own, every = (_shared(facts(row) for row in rows) for rows in (group, alike))
+            told = told or [one for one in facts(group[0]) if one in own - every]
         found.append(f"{title} ({', '.join(told)})" if told else title)
     return found
 

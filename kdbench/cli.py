@@ -343,7 +343,9 @@ def analyze(
             help="Change a setting of an analysis, for example exposure_bias.divergences='[\"jsd\"]'.",
         ),
     ] = [],  # noqa: B006
-    size: Annotated[str | None, typer.Option(help="Of a board's runs, or all; default: the published size.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Of a board's runs, or all; default: the published size.")
+    ] = None,
     axis: Axes = [],  # noqa: B006
     runs: RunsDir = runs_dir(),  # noqa: B008
 ) -> None:

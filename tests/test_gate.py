@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import kdbench.classify
 import kdbench.collect
 import kdbench.distiller
+import kdbench.few_shot
 import kdbench.predict
 import kdbench.rollout
 from kdbench import config, gate, registry
@@ -571,9 +572,20 @@ def _students_on_references(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(kdbench.collect, "sampled", lambda model, plan: kdbench.collect.reference(plan))
 
 
+def _one_token_early(patch: pytest.MonkeyPatch) -> None:
+    """Answers are read at the token before the mask."""
+    true = kdbench.few_shot.mask_logits
+    patch.setattr(
+        kdbench.few_shot,
+        "mask_logits",
+        lambda model, batch: true(model, batch.replace(mask_index=batch["mask_index"] - 1)),
+    )
+
+
 SCORED: dict[str, tuple[str, Plant]] = {
     "greedy answers": ("sft/score/instruction_following/rouge_l", _greedy_answers),
     "rolled in on references": ("sft/score/exposure_bias/ex_acc_err@15", _students_on_references),
+    "answers one token early": ("student_pt/score/few_shot/accuracy/topic", _one_token_early),
 }
 
 
@@ -584,6 +596,6 @@ def test_faults_of_scoring_leave_the_band(fault: str, folder: Path, monkeypatch:
     number, plant = SCORED[fault]
     shutil.rmtree(folder / "runs", ignore_errors=True)
     plant(monkeypatch)
-    report = gate.run(["sft"], updates=False, folder=folder)
+    report = gate.run([number.split("/")[0]], updates=False, folder=folder)
     print(f"{fault}: {', '.join(report.named('regressed'))}")
     assert number in report.named("regressed"), report.render()

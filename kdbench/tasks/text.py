@@ -136,10 +136,10 @@ class Text(Task):
 
         The sets share sentences: those of one set's test may stand in the train part of another.
         """
-        known, found = data.known("classify"), set()
+        known, found, root = data.known("classify"), set[str](), self.data_root
         for name in self.settings.classify:
-            for split, file in known[name].files.items() if name in known and self.data_root else ():
-                path = data.local_file(self.data_root, file.local) if file.local else None
+            for split, file in known[name].files.items() if name in known else ():
+                path = data.local_file(root, file.local) if file.local and root is not None else None
                 if split.startswith("test") and path is not None:
                     found |= {
                         _letters(text) for row in data.read_labelled(path)[0] for text in _sentences(row)
@@ -302,8 +302,8 @@ def _documents(
     """
     if kind == "classify":
         labelled, digest, _ = data.read_labelled(path)
-        rows = map(_sentences, labelled)
-        return [" ".join(row) for row in rows if held_out.isdisjoint(map(_letters, row))], digest
+        parts = map(_sentences, labelled)
+        return [" ".join(row) for row in parts if held_out.isdisjoint(map(_letters, row))], digest
     if path.name.removesuffix(".gz").endswith(".jsonl"):
         rows, digest = data.read_jsonl(path)
         answers = [row["output"] if isinstance(row["output"], str) else row["output"][0] for row in rows]
