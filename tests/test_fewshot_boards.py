@@ -57,7 +57,8 @@ def resolved(board: Board, size: str, row: str, seed: int = 1, dataset: str | No
 
 @pytest.mark.parametrize("name", BOARDS)
 def test_every_board_has_every_row_of_the_family(name: str) -> None:
-    assert [row.name for row in load_board(name).rows] == ROWS
+    without = {"tinybert_ft_aligned"} if name.startswith("tiny") else set()  # its 3 and 2 layers do not fit
+    assert [row.name for row in load_board(name).rows] == [row for row in ROWS if row not in without]
 
 
 @pytest.mark.parametrize("name", BOARDS)
