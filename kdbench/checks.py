@@ -186,8 +186,9 @@ class Words:
     labels: tuple[int, ...]
 
 
-_WORDS = Words(50, pad=0, cls=2, sep=3, mask=4, words=(5, 50), labels=(9, 5, 31))  # the student's
-_OTHER_WORDS = Words(61, pad=1, cls=0, sep=2, mask=60, words=(3, 60), labels=(3, 40, 12))
+# The student's words are no ids of another role: a model that is given them in place of its own fails.
+_WORDS = Words(90, pad=0, cls=2, sep=3, mask=4, words=(50, 90), labels=(54, 50, 76))
+_OTHER_WORDS = Words(45, pad=1, cls=0, sep=2, mask=44, words=(3, 44), labels=(3, 40, 12))
 
 
 def _words(role: str, shared: bool) -> Words:
@@ -284,7 +285,8 @@ def _class_sets(roles: Sequence[str], shared: bool, prompted: bool) -> dict[str,
     }
 
 
-_NOISE = {"input_ids": (0, _WORDS.size), "segment_ids": (0, 9), "word_index": (-1, 9)}  # of token fields
+# what may stand beyond a row's end, by token field
+_NOISE = {"input_ids": (0, _OTHER_WORDS.size), "segment_ids": (0, 9), "word_index": (-1, 9)}
 
 
 def _other_class_padding(batch: Batch, seed: int) -> Batch:

@@ -66,7 +66,7 @@ Overrides = Annotated[
         "--set",
         metavar="SECTION.KEY=VALUE",
         help="Change a setting, repeatable; the section is the name of a method, or one of training, "
-        "evaluation, evidence, select, task.",
+        "evaluation, evidence, select, task, roles.",
     ),
 ]
 
@@ -143,7 +143,8 @@ def run(
     chosen = _size(question, size)
     rows = commands.rows_of(question, methods or [])
     numbers = _numbers(seeds, "--seeds") if seeds else list(question.seeds)
-    axes = commands.narrowed(question.axis_values(chosen), lambda one: one, axis, question.id)
+    where = f"{question.id}, size {chosen}"
+    axes = commands.narrowed(question.axis_values(chosen), lambda one: one, axis, where)
     for name in rows:  # most mistakes are found here, before torch is imported
         config.resolve(question, chosen, name, numbers[0], overrides, axes=axes[0], among=rows)
     places = _places(runs, data_root)
@@ -403,7 +404,9 @@ def compare(
     scores: Annotated[
         list[str], typer.Option("--score", help="Repeatable; default: the board's columns with prompts.")
     ] = [],  # noqa: B006
-    board: BoardName = DEFAULT_BOARD,
+    board: Annotated[
+        str | None, typer.Option(metavar="NAME|TOML", help="Default: that of the first row's newest run.")
+    ] = None,
     size: Annotated[str | None, typer.Option(help="One of the board's sizes.")] = None,
     axis: Axes = [],  # noqa: B006
     runs: RunsDir = runs_dir(),  # noqa: B008
@@ -417,6 +420,9 @@ def compare(
     from kdbench import commands
     from kdbench.compare import paired
 
+    if board is None:
+        newest = max(commands.find_runs(first, runs, size, axis), key=lambda one: one.begun).record
+        board, size = newest.board, size or newest.size
     question = config.load_board(board)
     chosen = _size(question, size)
     sides = [commands.runs_of(name, question, chosen, runs, axis) for name in (first, second)]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
+import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 TRACKERS = ("tensorboard", "wandb")
+MANY = 50  # runs that take a while to plan
 TRACKER = "KDBENCH_TRACKER"  # the variable that a run reads it from
 
 
@@ -149,12 +152,13 @@ def plans(
     silence()
     found: dict[str, Plan] = {}
     tasks: dict[str, type[Any]] = {}
-    for seed in seeds:
-        for values in board.axis_values(size) if axes is None else axes:
-            for name in rows:
-                run = _run(board, size, name, seed, overrides, values, rows, device, tasks)
-                plan = Plan(run, places)
-                found.setdefault(plan.id, plan)
+    wanted = list(itertools.product(seeds, board.axis_values(size) if axes is None else axes, rows))
+    if places.progress and len(wanted) > MANY:
+        print(f"planning {len(wanted)} runs", file=sys.stderr, flush=True)
+    for seed, values, name in wanted:
+        run = _run(board, size, name, seed, overrides, values, rows, device, tasks)
+        plan = Plan(run, places)
+        found.setdefault(plan.id, plan)
     return list(found.values())
 
 

@@ -64,7 +64,7 @@ def paired(
         missing: dict[str, Score] = {}  # why a run has no value
         for side in loaded:
             inputs.append([])
-            for run, record, arrays in side:
+            for (run, record, arrays), (twin, twins, _) in zip(side, loaded[0], strict=True):
                 if name not in record.scores:
                     raise unknown("score", name, record.scores, str(run.path))
                 score = record.scores[name]
@@ -72,10 +72,12 @@ def paired(
                     raise UserError(f"{run.path}: {name} has no values per prompt to compare by.")
                 like = like or score
                 both = f"{first.path} and {run.path}: {name}"
+                if record.task != twins.task:  # of the same seed: a seed may be a draw of examples
+                    raise RecordError(f"{twin.path} and {run.path}: {name} is of another task or revision.")
                 if (score.estimator, score.args) != (like.estimator, like.args):
                     raise RecordError(f"{both} has another estimator or other arguments.")
-                if record.task != first_record.task:
-                    raise RecordError(f"{both} is of another task or revision.")
+                if record.task.name != first_record.task.name:
+                    raise RecordError(f"{both} is of another task.")
                 require_same_conditions(
                     first_record.conditions(name), record.conditions(name), (str(first.path), str(run.path))
                 )

@@ -792,21 +792,29 @@ def _filled(value: Any, axes: Mapping[str, Scalar]) -> Any:
 
 
 def _find_row(board: Board, name: str) -> Row:
-    """A row of the board, or a new row for a registered method or a plug-in file."""
+    """A row of the board, or a new row for a registered method or a plug-in file.
+
+    A new row has every extra set that a row of the board has.
+    """
     row = board.row(name)
     if row is not None:
         return row
+    extra = {key: data for one in reversed(board.rows) for key, data in one.extra.items()}  # the first row's
     if registry.is_path(name):
         registry.find("distillers", name)
-        return Row(name=registry.stem(name), method=str(Path(name).expanduser()), title=registry.stem(name))
+        stem, path = registry.stem(name), str(Path(name).expanduser())
+        named = board.row(stem)
+        if named is not None and registry.stem(named.method) == stem:  # the board has a row for the file
+            return dataclasses.replace(named, method=path)
+        return Row(name=stem, method=path, title=stem, extra=extra)
     known = registry.names("distillers")
     if name not in known:
         rows = [one.name for one in board.rows]
         raise unknown("method", name, [*rows, *(one for one in known if one not in rows)])
-    return Row(name=name, method=name, title=name)
+    return Row(name=name, method=name, title=name, extra=extra)
 
 
-_SECTIONS = ("training", "evaluation", "evidence", "task", "select")
+_SECTIONS = ("training", "evaluation", "evidence", "task", "select", "roles")
 
 
 def _nested(table: dict[str, Any], key: str, value: object) -> None:
@@ -841,13 +849,13 @@ def resolve(
 ) -> RunConfig:
     """One run of a board: a row, or a registered method or plug-in file that becomes a row of its own.
 
-    `overrides` are `section.key=value` with the section training, evaluation, evidence, select, task,
-    `method`, or the name of a method or row (then other rows are left alone; `among` are the rows, methods
-    and files of the same command, one of which it must name; None: any that there is). What they really
-    change makes a row of its own, named by it: `promptkd[prompt_length=5]`. With `settings_class` (a
-    distiller's `Config`) and `task_settings_class` the settings are checked and completed by their
-    defaults; without, they are kept as given. Later ones win: size, row, the size's row, the tuned learning
-    rate, overrides.
+    `overrides` are `section.key=value` with the section training, evaluation, evidence, select, task, roles
+    (another role of the board for a method's argument), `method`, or the name of a method or row (then other
+    rows are left alone; `among` are the rows, methods and files of the same command, one of which it must
+    name; None: any that there is). What they really change makes a row of its own, named by it:
+    `promptkd[prompt_length=5]`. With `settings_class` (a distiller's `Config`) and `task_settings_class` the
+    settings are checked and completed by their defaults; without, they are kept as given. Later ones win:
+    size, row, the size's row, the tuned learning rate, overrides.
 
     Raises: UserError for an unknown size, row, method, task, analysis, role, section or setting, a wrong
     type, a missing model, and an override of the budget on a board whose budgets are equal.
@@ -862,7 +870,10 @@ def resolve(
     own = {line.name} if line.reference else {"method", line.name, registry.stem(line.method)}
     parsed = _own_overrides(board, [parse_override(text) for text in overrides], own, among)
     if line.reference:
-        parsed = [one for one in parsed if one.section not in ("training", "select")]
+        parsed = [one for one in parsed if one.section not in ("training", "select", "roles")]
+    given_roles = {one.key: str(one.value) for one in parsed if one.section == "roles"}
+    plain_roles = {**{role: role for role in given_roles}, **line.roles}
+    line = dataclasses.replace(line, roles={**line.roles, **given_roles})
     for kind, names in (("tasks", [board.task]), ("analyses", board.analyses)):
         for name in names:
             if "{" not in name:
@@ -907,6 +918,7 @@ def resolve(
         raise UserError(f"--set evidence: size '{size}' of {board.id} collects no evidence")
     before = {
         "method": settings,
+        "roles": plain_roles,
         "task": task_settings,
         "training": to_dict(training),
         "evaluation": to_dict(evaluation),
@@ -919,6 +931,7 @@ def resolve(
     select = _applied(select, parsed, "select")
     after = {
         "method": set_settings,
+        "roles": {**plain_roles, **given_roles},
         "task": set_task,
         "training": to_dict(training),
         "evaluation": to_dict(evaluation),

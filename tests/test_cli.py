@@ -515,6 +515,9 @@ def test_compare_pairs_runs_of_equal_axis_values_and_seed(spread: Path) -> None:
         "compare", "polarity-sft-1", "topic-tempered-kd-1", *command[3:], "--score", "exposure_bias/length"
     )
     assert (code, "needs one axis value" in err) == (2, True), err
+    code, out, err = call("compare", "polarity-sft-1", "polarity-tempered-kd-1", "--runs", spread)
+    assert (code, out.count(" less ")) == (0, 1), "board and size are the runs' own"
+    assert out.count("\n") > 2, err
     found, left = pairs(sides[0], sides[1][1:])
     assert [pair.axes["data"] for pair in found] == ["topic"]
     assert left == ["data polarity: seeds 1 and none"]

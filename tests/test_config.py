@@ -841,3 +841,45 @@ def test_library_versions() -> None:
     found = config.library_versions()
     assert sorted(found) == ["torch", "transformers"]
     assert "+" not in found["torch"]
+
+
+# ------------------------------------------------------------- what a method that is no row gets of a board
+def with_extra(tmp_path: Path, method: str = "beta") -> Board:
+    text = BOARD.replace(
+        'name = "beta"\nmethod = "beta"\n',
+        f'name = "beta"\nmethod = "{method}"\nextra = {{ more = {{ split = "other" }} }}\n',
+        1,
+    )
+    assert "extra" in text
+    return board_of(tmp_path, text)
+
+
+def test_a_method_that_is_no_row_has_the_extra_sets_of_the_board(tmp_path: Path) -> None:
+    board = with_extra(tmp_path)
+    (tmp_path / "mine.py").write_text("")
+    for name in ("gamma", str(tmp_path / "mine.py")):
+        extra = run_of(board, name).extra
+        assert list(extra) == ["more"]
+        assert (extra["more"].task, extra["more"].split) == ("toy_task", "other")
+    assert run_of(board, "alpha").extra == {}, "rows say what they have"
+
+
+def test_a_file_is_the_boards_row_of_its_name(tmp_path: Path) -> None:
+    folder = tmp_path / "sub"
+    folder.mkdir()
+    (folder / "beta.py").write_text("")
+    run = run_of(with_extra(tmp_path), str(folder / "beta.py"))
+    assert (run.row, run.method, list(run.extra)) == ("beta", str(folder / "beta.py"), ["more"])
+
+
+def test_another_role_of_the_board_can_be_named(tmp_path: Path) -> None:
+    board = board_of(tmp_path)
+    role = next(iter(board.roles or board.sizes["full"].roles))
+    other = dataclasses.replace(board.roles.get(role) or board.sizes["full"].roles[role], seed=77)
+    board = dataclasses.replace(board, roles={**board.roles, "other": other})
+    run = run_of(board, "alpha", f"roles.{role}=other")
+    assert run.row == f"alpha[roles.{role}=other]"
+    assert run.roles[role].seed == 77
+    assert run_of(board, "alpha", f"roles.{role}={role}").row == "alpha"
+    with pytest.raises(UserError, match="no role 'nobody'"):
+        run_of(board, "alpha", f"roles.{role}=nobody")

@@ -570,6 +570,20 @@ BROKEN_CLASSES: dict[str, tuple[list[str], set[str], dict[str, str]]] = {
 }
 
 
+@pytest.mark.parametrize("head", ["masked_lm", "sequence"])
+def test_a_teacher_that_reads_the_students_ids_fails(head: str, tmp_path: Path) -> None:
+    """The likeliest slip of one who comes from shared vocabularies: `batch` for `batch.of("teacher")`."""
+    body = """
+            def loss(self, batch, step):
+                with torch.no_grad():
+                    p = class_logits(self.teacher, batch)
+                return example_mean(self.soft(batch, p), batch)
+            """
+    laws = checks.check(plugin(tmp_path, body=body, head=head), only=FAST)
+    assert [law.name for law in laws] == ["fields"], checks.render(laws)
+    assert "index out of range" in laws[0].reason
+
+
 @pytest.mark.parametrize(
     ("name", "head"), [(name, head) for name, (heads, _, _) in BROKEN_CLASSES.items() for head in heads]
 )

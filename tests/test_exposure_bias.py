@@ -29,7 +29,7 @@ from kdbench.counterfactuals import InterventionConfig, describe, write_interven
 from kdbench.errors import UserError
 from kdbench.evidence import COLUMNS, read_evidence, write_evidence
 from kdbench.intervals import Estimate
-from kdbench.record import Analysis, RecordError, RunFolder, RunRecord, Score, save
+from kdbench.record import Analysis, Named, RecordError, RunFolder, RunRecord, Score, save
 from kdbench.worlds.catalogue import stop_rate
 from kdbench.worlds.truth import Truth
 
@@ -575,6 +575,21 @@ def test_methods_are_compared_prompt_by_prompt(tmp_path: Path) -> None:
     for run in (one, other):
         add_scores(run, {"rouge": np.arange(5.0)})
     assert paired([one], [other], ["quality/rouge"])[0].difference.value == 0
+
+
+def test_a_seed_may_be_a_draw_of_the_task_that_both_sides_share(tmp_path: Path) -> None:
+    """Revisions differ between draws; a comparison needs them equal draw by draw."""
+    sides: list[list[RunFolder]] = [[], []]
+    for seed in (1, 2):
+        for number, runs in enumerate(sides):
+            task = Named("toy", f"draw-{seed}")
+            values = {"rouge": np.arange(5.0) + number}
+            runs.append(make_run(tmp_path / f"{number}-{seed}", values, seed=seed, task=task))
+    found = paired(*sides, ["quality/rouge"])[0]
+    assert found.difference.value == pytest.approx(-1)
+    other = [sides[1][0], make_run(tmp_path / "x", values, seed=2, task=Named("toy", "another"))]
+    with pytest.raises(RecordError, match="0-2 and .*x: quality/rouge is of another task or revision"):
+        paired(sides[0], other, ["quality/rouge"])
 
 
 def test_what_has_no_ratio_is_compared_in_nats(tmp_path: Path) -> None:
