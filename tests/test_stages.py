@@ -15,6 +15,7 @@ from transformers import BertForSequenceClassification
 from kdbench import commands, config, registry
 from kdbench.config import Board, Data, Stage, load_board
 from kdbench.errors import UserError
+from kdbench.harness import Trainer
 from kdbench.runner import Plan
 from kdbench.selection import Selection
 from kdbench.stages import Materials, Places
@@ -148,6 +149,23 @@ def test_a_stage_keeps_the_weights_that_are_best_on_dev(
     assert [step for step, _, _ in seen] == [1, 2, 3, 4, 5, 6]
     best = max(range(6), key=lambda i: (seen[i][1], -i))
     assert all(torch.equal(value, seen[best][2][name]) for name, value in model.named_parameters())
+
+
+def test_of_equal_dev_scores_the_first_is_kept(tmp_path: Path, cache: Path) -> None:
+    made = plan("student_pt", tmp_path, cache)
+    model = made.materials.model("student")
+    distiller = registry.load_distiller("student_pt")(registry.load_distiller("student_pt").Config(), model)
+    task, encoder = made.materials.task(), made.materials.encoders(made.materials.task())["student"]
+    select = config.Select("best", "accuracy", every=2)
+    selection = Selection(
+        select, ["few_shot"], lambda model: made.materials.answers(model, task, "dev", encoder, dev=True)
+    )
+    trainer = Trainer(distiller, made.materials.source("train"), made.run.training, 1)
+    selection.trainer = trainer
+    for step in (2, 4, 6):  # the weights stay as they are
+        selection.score(step)
+    assert trainer.best["step"] == 2
+    assert [sorted(one.at) for one in selection.milestones(5)] == [[2, 4, 5]]
 
 
 def test_what_selects_a_stage_enters_its_key(tmp_path: Path, cache: Path) -> None:
