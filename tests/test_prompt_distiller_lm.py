@@ -47,6 +47,7 @@ from kdbench.distillers.prompt_distiller_lm import (
     read,
 )
 from kdbench.distillers.sft import SFT
+from kdbench.errors import UserError
 from kdbench.harness import BatchSource, SourceData, Trainer
 from kdbench.registry import load_distiller
 from kdbench.rollout import rollout
@@ -486,7 +487,7 @@ def test_without_the_terms_nothing_is_prepared() -> None:
 
 def test_the_lack_of_unlabelled_prompts_is_told() -> None:
     for settings in ({}, {"lam2": 0.0}):
-        with pytest.raises(ValueError, match="no extra set 'unlabeled'; or set unlabeled = false"):
+        with pytest.raises(UserError, match="there are no rows 'unlabeled'; known: train"):
             made(**settings).prepare(Data(train=ragged_rows()), FakeStep())
     with pytest.raises(ValueError, match="no extra set 'unlabeled'"):
         made(lam2=0.0, unlabeled_response="student").train_step(ragged_rows(), Visit())
