@@ -297,6 +297,8 @@ class SizeRow:
 
 def _check_axes(axes: Mapping[str, Sequence[Scalar]]) -> None:
     for axis, values in axes.items():
+        if axis == "seed":
+            raise ValueError("an axis cannot be called seed: {seed} stands for the run's seed")
         if not values:
             raise ValueError(f"axis '{axis}' has no values")
         twice = sorted({str(one) for one in values if list(map(str, values)).count(str(one)) > 1})

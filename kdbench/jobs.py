@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdbench import registry
-from kdbench.commands import TRACKER, label_of, silence
+from kdbench.commands import TRACKER, label_of, said, silence
 from kdbench.config import Stage, stage_training
 from kdbench.errors import UserError
 
@@ -78,8 +78,7 @@ def jobs_of(runs: Iterable[Plan]) -> list[Job]:
 
 def _axes(plan: Plan, stage: Stage) -> str:
     """What a stage on the run's own task says of that task."""
-    told = ", ".join(f"{name} {value}" for name, value in plan.run.axes.items())
-    return f" ({told})" if told and stage.task is None else ""
+    return f" ({said(plan.run.axes)})" if plan.run.axes and stage.task is None else ""
 
 
 def preload() -> list[str]:

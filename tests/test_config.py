@@ -854,6 +854,11 @@ def with_extra(tmp_path: Path, method: str = "beta") -> Board:
     return board_of(tmp_path, text)
 
 
+def test_no_axis_is_called_seed(tmp_path: Path) -> None:
+    message = said(tmp_path, add='axes = { seed = ["a"] }\n')
+    assert "an axis cannot be called seed: {seed} stands for the run's seed" in message
+
+
 def test_a_method_that_is_no_row_has_the_extra_sets_of_the_board(tmp_path: Path) -> None:
     board = with_extra(tmp_path)
     (tmp_path / "mine.py").write_text("")
