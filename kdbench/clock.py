@@ -4,17 +4,22 @@ Time of an inner phase is not counted again in the outer one, so the seconds of 
 that covers takes the time of the phases inside it. Peak bytes are the highest seen while the phase was the
 innermost or an outer one: allocated and reserved by the device's allocator on a GPU, resident set size on a
 CPU (Linux; 0 where the kernel does not tell).
+
+`with detail("decode"): ...` opens a phase inside of a phase only where the running clock is detailed, as that
+of a profile is: it synchronises a GPU, which an ordinary run is spared. Elsewhere it costs a look-up.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
 
 @dataclass
@@ -43,11 +48,18 @@ def _peak_rss() -> int:
 class Clock:
     """Collects the phases of one run; survives a kill through `state` and `load`."""
 
-    def __init__(self) -> None:
+    def __init__(self, detailed: bool = False) -> None:
+        """Args: `detailed`: whether `detail` opens phases too."""
+        self.detailed = detailed
         self.phases: dict[str, Phase] = {}
         self._open: list[str] = []
         self._since = 0.0
         self._covered = False
+
+    @property
+    def innermost(self) -> str:
+        """The name of the innermost phase that is open, "" where none is."""
+        return self._open[-1] if self._open else ""
 
     def _charge(self) -> None:
         """Charge the time and the peaks since the last change of phase to the phases that are open."""
@@ -154,3 +166,37 @@ def phase(name: str, covers: bool = False) -> Iterator[None]:
     else:
         with clock.phase(name, covers):
             yield
+
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
+
+
+def detail(name: str) -> AbstractContextManager[None]:
+    """`phase(name)` where the running clock is detailed, and nothing elsewhere.
+
+    A clock runs in the thread that started it: what torch computes in threads of its own, as the backward
+    pass on a GPU, opens no detail and belongs to the phase that waits for it.
+    """
+    clock = _current.get()
+    return clock.phase(name) if clock is not None and clock.detailed else _NOTHING
+
+
+_roles: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+def name_roles(models: Mapping[str, nn.Module]) -> None:
+    """Remember which role each model has, for `role_of`; the models are not kept alive."""
+    for role, model in models.items():
+        _roles[model] = role
+
+
+def role_of(model: nn.Module) -> str:
+    """Return the role of a model, or of the model inside it that has one (behind a soft prompt); "forward"
+    where none is known.
+    """
+    inner: object = model
+    while isinstance(inner, nn.Module):
+        if inner in _roles:
+            return _roles[inner]
+        inner = getattr(inner, "model", None)
+    return "forward"

@@ -24,20 +24,29 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec, Protocol, TypeAlias
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from kdbench.clock import detail
 
 FLOOR_NATS = -100.0
 """Log-probability (nats) of an entry whose logit is -inf; as a probability, 4e-44, it
 adds nothing to a sum."""
 
 CHUNK_ELEMENTS = 2**22
-"""Logits projected at once: 16 MiB in float32, so that a formula, which holds ten to twenty such arrays in
-its backward pass, needs at most about 0.3 GiB, while a chunk still has 83 rows at 50,257 entries, enough for
-an efficient matrix product."""
+"""Logits projected at once by a function that keeps what its backward pass needs, and 83 rows at 50,257
+entries; the divergences here keep nothing and have limits of their own."""
+
+_CHUNK = {"cpu": (192, 3 * 2**20), "cuda": (2**20, 2**26)}
+"""Rows at most, and logits at most, that are projected at once: on a CPU, 12 MiB in float32 for each model,
+which is enough for an efficient matrix product."""
+
+_BLOCK = {"cpu": 2**17, "cuda": 2**26}
+"""Logits to which a formula is applied at once: on a CPU, what stays in its cache."""
 
 
 class SupportsLogits(Protocol):
@@ -60,6 +69,24 @@ class SupportsLogits(Protocol):
 
     def logits(self, start: int, stop: int) -> Tensor:
         """Logits of positions start..stop-1, [stop - start, V]."""
+
+
+@runtime_checkable
+class FormsGradient(SupportsLogits, Protocol):
+    """What a `Prediction` offers beyond that: a gradient is formed while its chunk of logits exists."""
+
+    @property
+    def hidden(self) -> Tensor:
+        """What the logits are made of, row by row, [N, H]."""
+
+    def trained(self) -> list[Tensor]:
+        """The tensors that a gradient goes to: none for a prediction made without gradients."""
+
+    def chunk(self, start: int, stop: int) -> Tensor:
+        """Logits of positions start..stop-1 without a gradient, [stop - start, V], free to be overwritten."""
+
+    def pull_back(self, start: int, stop: int, gradient: Tensor, into: list[Tensor]) -> None:
+        """Add to `into`, shaped as `trained()`, what a gradient of those logits means for them."""
 
 
 Logits: TypeAlias = Tensor | SupportsLogits
@@ -105,7 +132,7 @@ def log_probs(logits: Tensor) -> Tensor:
     Source: own.
     """
     values = torch.log_softmax(_at_least_float32(logits), dim=-1)
-    return values.masked_fill(values == -math.inf, FLOOR_NATS)
+    return torch.nan_to_num(values, nan=math.nan, posinf=math.inf, neginf=FLOOR_NATS)
 
 
 @divergence
@@ -348,6 +375,12 @@ def _over_chunks(name: str, plain: Callable[..., Tensor], q: Logits, *others: Lo
     tensors = [x for x in inputs if isinstance(x, Tensor)]
     if len(tensors) == len(inputs):
         return checked(*tensors)
+    if all(isinstance(x, FormsGradient) or (isinstance(x, Tensor) and not x.requires_grad) for x in inputs):
+        formed = [x for x in inputs if isinstance(x, FormsGradient)]
+        trained = [tensor for one in formed for tensor in one.trained()] if torch.is_grad_enabled() else []
+        with detail("divergence"):
+            value: Tensor = _Formed.apply(checked, inputs, bool(trained), *trained)  # type: ignore[no-untyped-call]
+        return value
 
     def part(start: int, stop: int) -> Tensor:
         return checked(*(x[start:stop] if isinstance(x, Tensor) else x.logits(start, stop) for x in inputs))
@@ -362,6 +395,93 @@ def _over_chunks(name: str, plain: Callable[..., Tensor], q: Logits, *others: Lo
         # without gradients this is a plain call
         values.append(checkpoint(part, start, stop, use_reentrant=False, preserve_rng_state=False))
     return torch.cat(values)
+
+
+class _Formed(torch.autograd.Function):
+    """A value per row, and its gradient formed while the row's logits exist: memory for a chunk of logits.
+
+    Rows are independent, so the gradient of sum_n g_n value_n in the hidden state of row n is g_n times that
+    of value_n, whatever g is. That in the head's weight is a sum over rows: where all g_n are one number c,
+    as in a mean over tokens, it is c times the sum formed with g = 1; for any other g the chunks are gone
+    through again.
+
+    Source: own; the idea of forming the gradient in the forward pass is that of Hsu et al. 2024 (Liger
+    Kernel), https://arxiv.org/abs/2410.10989, sec. 3.2, there for cross-entropy of a scalar mean.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, plain: Callable[..., Tensor], inputs: tuple[Any, ...], wanted: bool, *trained: Tensor
+    ) -> Tensor:
+        ctx.plain, ctx.inputs = plain, inputs
+        ctx.autocast = _autocast_state(inputs)
+        values, ctx.unit = _through(plain, inputs, None, wanted)
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = upstream
+        formed = [x for x in ctx.inputs if isinstance(x, FormsGradient)]
+        owners = [(x, tensor) for x in formed for tensor in x.trained()]
+        per_row = [tensor is x.hidden for x, tensor in owners]
+        same = g.numel() == 1 or g.stride() == (0,)  # expanded from one number
+        unit = ctx.unit
+        ctx.unit = None  # what is returned may be changed in place
+        if unit is None or (not same and not all(per_row)):
+            unit = None
+            with torch.autocast(**ctx.autocast):
+                _, unit = _through(ctx.plain, ctx.inputs, g, True)
+            return None, None, None, *unit
+        for total, of_rows in zip(unit, per_row, strict=True):
+            total.mul_((g[:, None] if of_rows else g.flatten()[0]).to(total.dtype))
+        return None, None, None, *unit
+
+
+def _through(
+    plain: Callable[..., Tensor], inputs: tuple[Any, ...], weights: Tensor | None, wanted: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Return plain's value per row [N], and the gradient of their sum, weighted if `weights` [N] are given,
+    in all that its predictions train.
+    """
+    first = next(x for x in inputs if not isinstance(x, Tensor))
+    positions, vocab = len(first), first.vocab
+    trained = [x.trained() if wanted and isinstance(x, FormsGradient) else [] for x in inputs]
+    totals = [[torch.zeros_like(tensor) for tensor in tensors] for tensors in trained]
+    most, elements = _CHUNK.get(first.targets.device.type, _CHUNK["cuda"])
+    rows = max(1, min(most, elements // vocab))
+    block = max(1, min(rows, _BLOCK.get(first.targets.device.type, _BLOCK["cuda"]) // vocab))
+    values: list[Tensor] = []
+    for start in range(0, positions, rows):
+        stop = min(start + rows, positions)
+        chunks = [x[start:stop] if isinstance(x, Tensor) else x.chunk(start, stop) for x in inputs]
+        for low in range(0, stop - start, block):
+            here = [chunk[low : low + block].detach() for chunk in chunks]
+            learns = [x.requires_grad_() for x, tensors in zip(here, trained, strict=True) if tensors]
+            with torch.set_grad_enabled(bool(learns)):
+                value = plain(*here)
+            values.append(value.detach())
+            if learns:
+                weight = None if weights is None else weights[start + low : start + low + len(value)]
+                weight = torch.ones_like(value) if weight is None else weight.to(value.dtype)
+                for x, gradient in zip(learns, torch.autograd.grad(value, learns, weight), strict=True):
+                    x.detach().copy_(gradient)  # in the place of the logits, which nobody needs any more
+        for x, chunk, tensors, total in zip(inputs, chunks, trained, totals, strict=True):
+            if tensors:
+                x.pull_back(start, stop, chunk, total)
+    if not values:
+        values = [plain(*(x if isinstance(x, Tensor) else x.chunk(0, 0) for x in inputs))]
+    return torch.cat(values), [total for of_one in totals for total in of_one]
+
+
+def _autocast_state(inputs: tuple[Any, ...]) -> dict[str, Any]:
+    """The state of autocast, as arguments that bring it back."""
+    device = next(x for x in inputs if not isinstance(x, Tensor)).targets.device.type
+    return {
+        "device_type": device,
+        "dtype": torch.get_autocast_dtype(device),
+        "enabled": torch.is_autocast_enabled(device),
+    }
 
 
 def _rows(x: Logits) -> tuple[int, ...]:

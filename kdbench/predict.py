@@ -13,7 +13,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
+from kdbench import packing
+from kdbench.clock import detail, role_of
 from kdbench.distiller import Batch, target_mask
 from kdbench.prompts import PromptedModel
 
@@ -21,13 +24,24 @@ from kdbench.prompts import PromptedModel
 class Prediction:
     """Next-token distributions at N positions, as hidden states and the head that turns them into logits."""
 
-    def __init__(self, hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, vocab: int) -> None:
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: Callable[[Tensor], Tensor],
+        targets: Tensor,
+        vocab: int,
+        *,
+        at: Callable[[Tensor], Tensor] | None = None,
+        scale: float = 1.0,
+    ) -> None:
         self.hidden = hidden
         self.targets = targets
         self.vocab = vocab
-        self._head = head
+        self._head, self._at, self._scale = head, at, scale
         # a prediction made without gradients stays so, also when the head, a parameter, projects it later
         self._grad = torch.is_grad_enabled()
+        weights = head.parameters() if isinstance(head, nn.Module) else ()
+        self._trained = [x for x in (hidden, *weights) if self._grad and x.requires_grad]
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -35,8 +49,74 @@ class Prediction:
     def logits(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Return the logits [stop - start, V] of these positions, in float32 at least."""
         with torch.set_grad_enabled(self._grad and torch.is_grad_enabled()):
-            logits = self._head(self.hidden[start:stop])[..., : self.vocab]
-        return logits if logits.dtype == torch.float64 else logits.float()
+            return self._logits(self.hidden[start:stop])
+
+    def tempered(self, temperature: float) -> Prediction:
+        """Return softmax(logits / temperature) at the same positions; at temperature 1, this prediction."""
+        if temperature == 1:
+            return self
+        with torch.set_grad_enabled(self._grad):
+            scale = self._scale / temperature
+            return Prediction(self.hidden, self._head, self.targets, self.vocab, at=self._at, scale=scale)
+
+    def at_targets(self, states: Tensor) -> Tensor:
+        """Return states of another layer, as a forward hook saw them in this forward pass, at the N target
+        positions, [N, H].
+
+        Raises: ValueError for a prediction that no forward pass made.
+        """
+        if self._at is None:
+            raise ValueError("at_targets: no forward pass made this prediction")
+        return self._at(states)
+
+    # ---- what `losses` asks of a prediction whose gradient it forms chunk by chunk
+    def trained(self) -> list[Tensor]:
+        """Return the tensors that a gradient goes to: the hidden states, then weights of the head."""
+        return self._trained
+
+    def chunk(self, start: int, stop: int) -> Tensor:
+        """Return the logits [stop - start, V] without a gradient, in a tensor that may be overwritten."""
+        with torch.no_grad():
+            logits = self._logits(self.hidden[start:stop])
+        return logits.clone() if logits._is_view() or logits is self.hidden else logits
+
+    def pull_back(self, start: int, stop: int, gradient: Tensor, into: list[Tensor]) -> None:
+        """Add to `into`, which has the shapes of `trained()`, what the gradient [stop - start, V] of the
+        logits of these positions means for them.
+        """
+        if self._scale != 1:
+            gradient = gradient * self._scale
+        head: Any = self._head
+        plain = head.__class__ is nn.Linear and head.bias is None and gradient.dtype == head.weight.dtype
+        if plain and not torch.is_autocast_enabled(gradient.device.type):
+            hidden, weight = self.hidden[start:stop].detach(), head.weight.detach()[: self.vocab]
+            for tensor, total in zip(self._trained, into, strict=True):
+                if tensor is self.hidden:
+                    torch.mm(gradient, weight, out=total[start:stop])
+                else:
+                    total[: self.vocab].addmm_(gradient.t(), hidden)
+            return
+        own = self.hidden[start:stop].detach()
+        own.requires_grad_(self.hidden.requires_grad)
+        with torch.enable_grad():
+            logits = self._head(own)[..., : self.vocab]
+        asked = [own if tensor is self.hidden else tensor for tensor in self._trained]
+        found = torch.autograd.grad(logits, asked, gradient.to(logits.dtype), allow_unused=True)
+        for tensor, total, value in zip(self._trained, into, found, strict=True):
+            if value is not None and tensor is self.hidden:
+                total[start:stop] = value
+            elif value is not None:
+                total += value
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        head: Any = self._head
+        if type(head) is nn.Linear and self.vocab < head.out_features:  # no logits that nobody reads
+            bias = None if head.bias is None else head.bias[: self.vocab]
+            logits = linear(hidden, head.weight[: self.vocab], bias)
+        else:
+            logits = head(hidden)[..., : self.vocab]
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return logits if self._scale == 1 else logits * self._scale
 
 
 _splits: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -70,6 +150,10 @@ def usable_vocab(model: nn.Module) -> int:
     return int(getattr(config, "kdbench_vocab", None) or config.vocab_size)
 
 
+def _itself(hidden: Tensor) -> Tensor:
+    return hidden
+
+
 class CausalLM:
     """A causal language model, bare or prompted, as trunk and head; holds no state of its own."""
 
@@ -77,6 +161,7 @@ class CausalLM:
         self.prompt = model.prompt if isinstance(model, PromptedModel) else None
         self.inner: Any = model.model if isinstance(model, PromptedModel) else model
         self.vocab = usable_vocab(self.inner)
+        self.packs = packing.prepare(self.inner)
         self.split = _logits_are_head_of_trunk(self.inner)
 
     @property
@@ -84,12 +169,11 @@ class CausalLM:
         """The number of soft-prompt vectors."""
         return 0 if self.prompt is None else self.prompt.length
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Return the logits of hidden states (which are logits already where the model does not split)."""
-        if self.split:
-            logits: Tensor = self.inner.get_output_embeddings()(hidden)
-            return logits
-        return hidden
+    @property
+    def head(self) -> Callable[[Tensor], Tensor]:
+        """What turns hidden states into logits (they are logits already where the model does not split)."""
+        head: Callable[[Tensor], Tensor] = self.inner.get_output_embeddings() if self.split else _itself
+        return head
 
     def trunk(self, **inputs: Any) -> tuple[Tensor, Any]:
         """Run the model and return hidden states [B, T, H] and its cache, if it keeps one."""
@@ -112,25 +196,53 @@ class CausalLM:
         vectors = self.prompt(len(input_ids)).to(embedded.dtype)
         return self.trunk(inputs_embeds=torch.cat([vectors, embedded], dim=1), **inputs)[0][:, self.width :]
 
+    def packed(self, input_ids: Tensor, rows: packing.Packing, positions: Tensor) -> Tensor:
+        """Return hidden states [N, H] of the N packed tokens of right-padded ids [B, T], the soft prompt's
+        in front of each row included.
+
+        Args: `rows` packs rows that the soft prompt has made longer; `positions` [N]. For models that
+        `packs` and `split`.
+        """
+        trunk = self.inner.base_model
+        if self.prompt is None:
+            return packing.run(trunk, rows, positions, input_ids=rows.pack(input_ids))
+        text = rows.place - self.width
+        ids = input_ids[rows.row, text.clamp(min=0)]
+        embedded = self.inner.get_input_embeddings()(ids)
+        vectors = self.prompt(rows.rows).flatten(0, 1).to(embedded.dtype)
+        embedded = embedded.index_copy(0, (text < 0).nonzero()[:, 0], vectors)
+        return packing.run(trunk, rows, positions, inputs_embeds=embedded)
+
 
 def predict(model: nn.Module, batch: Batch) -> Prediction:
     """Return the model's next-token distributions at the N target positions of `batch`, row by row.
 
-    Rows are right padded, so no target sees padding and no attention mask is needed. A field
-    `position_offset` [B] shifts the position ids of a row.
+    The rows go through the model without their padding where the architecture allows it (`packing`), right
+    padded otherwise: no target sees padding, and no attention mask is needed. A field `position_offset` [B]
+    shifts the position ids of a row.
     """
+    with detail(role_of(model) or "forward"):
+        return _predict(CausalLM(model), batch)
+
+
+def _predict(view: CausalLM, batch: Batch) -> Prediction:
     width = max(int(batch["length"].max()), 2) if batch.size else 2
     cut = batch.replace(input_ids=batch["input_ids"][:, :width])
     ids, mask = cut["input_ids"], target_mask(cut)
-    view = CausalLM(model)
-    positions = None
     if not batch.size:  # an empty share of an update: models do not take batches of no rows
-        return Prediction(
-            torch.zeros(0, view.vocab, device=ids.device), lambda logits: logits, ids[:, 0], view.vocab
-        )
-    if "position_offset" in batch:
-        positions = (
-            torch.arange(width - 1 + view.width, device=ids.device) + batch["position_offset"][:, None]
-        )
-    hidden = view.hidden(ids[:, :-1], positions)
-    return Prediction(hidden[mask], view.head, ids[:, 1:][mask], view.vocab)
+        return Prediction(torch.zeros(0, view.vocab, device=ids.device), _itself, ids[:, 0], view.vocab)
+    targets = ids[:, 1:][mask]
+    offset = batch.get("position_offset")
+    if view.packs and view.split:
+        rows = packing.Packing((batch["length"] - 1).clamp(min=1) + view.width)
+        positions = rows.place if offset is None else rows.place + offset[rows.row]
+        wanted = nn.functional.pad(mask, (view.width, 0))[rows.row, rows.place].nonzero()[:, 0]
+        hidden = view.packed(ids, rows, positions)
+        return Prediction(hidden[wanted], view.head, targets, view.vocab, at=lambda states: states[0][wanted])
+    shifted = None
+    if offset is not None:
+        shifted = torch.arange(width - 1 + view.width, device=ids.device) + offset[:, None]
+    hidden = view.hidden(ids[:, :-1], shifted)
+    return Prediction(
+        hidden[mask], view.head, targets, view.vocab, at=lambda states: states[:, view.width :][mask]
+    )

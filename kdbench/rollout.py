@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import DynamicCache
 
-from kdbench.clock import phase
+from kdbench import captured
+from kdbench.clock import detail, phase
+from kdbench.decoding import Stream, stream
 from kdbench.distiller import Batch
 from kdbench.errors import Diverged
 from kdbench.predict import CausalLM
@@ -75,6 +75,7 @@ def rollout(
     top_p: float = 1.0,
     no_repeat_ngram: int = 0,
     mix: tuple[nn.Module, float] | None = None,
+    log_probs: bool = False,
 ) -> Batch:
     """Return the prompts of `batch` with one sampled response each, in the same order.
 
@@ -83,7 +84,9 @@ def rollout(
     `mix` = (teacher, alpha) samples from (1 - alpha) q + alpha p. A field `response_offset` [B] of `batch`
     says how many response tokens stand at the end of each prompt already (none of them an end token): they
     count as drawn, so that the next one has the key of its place in the whole response, and at most
-    max_new_tokens - offset are added. Returns a batch with new `input_ids`, `length` (the end-of-sequence
+    max_new_tokens - offset are added. `log_probs` adds a field `sampled_log_prob` [B, T-1]: the model's
+    log-probability (nats, at temperature 1, nothing cut, no mixture) of each sampled token, laid out as
+    `scatter_targets` does, 0 elsewhere. Returns a batch with new `input_ids`, `length` (the end-of-sequence
     token included when it was drawn) and `finished` [B] bool; other fields are kept.
     Raises: ValueError for settings out of range, and for more tokens than the model has positions.
     """
@@ -101,13 +104,16 @@ def rollout(
         raise ValueError(f"rollout: response_offset is not in 0..max_new_tokens = {max_new_tokens}")
     sampler = _Sampler(models, 0.0 if mix is None else mix[1], temperature, top_k, top_p, no_repeat_ngram)
     drawn = torch.zeros((batch.size, max_new_tokens), dtype=torch.long)
+    said = torch.zeros((batch.size, max_new_tokens), dtype=torch.float64)
     new, finished = torch.zeros(batch.size, dtype=torch.long), torch.zeros(batch.size, dtype=torch.bool)
     with phase("rollout"), evaluating(*models):
         order = torch.argsort(batch["prompt_length"].cpu(), stable=True)
         if offset is not None:
             order = order[(offset.cpu() < max_new_tokens)[order]]
         for chunk in order.split(max(1, step.rollout_batch)) if len(order) else ():
-            drawn[chunk], new[chunk], finished[chunk] = sampler.sample(batch, chunk, step, max_new_tokens)
+            drawn[chunk], new[chunk], finished[chunk], said[chunk] = sampler.sample(
+                batch, chunk, step, max_new_tokens, log_probs
+            )
     ids, prompt = batch["input_ids"], batch["prompt_length"].cpu()
     length = prompt + new
     width = int(length.max()) if batch.size else 1
@@ -117,7 +123,12 @@ def rollout(
     joined = joined.masked_fill(place >= new[:, None], 0).to(ids.device, ids.dtype)
     length, finished = length.to(ids.device), finished.to(ids.device)
     step.count("tokens_sampled", float(new.sum()))
-    return batch.replace(input_ids=joined, length=length, finished=finished).with_totals(None)
+    fields = {"input_ids": joined, "length": length, "finished": finished}
+    if log_probs:
+        laid = said.gather(1, place.clamp(0, max_new_tokens - 1))
+        laid = laid.masked_fill((place < 0) | (place >= new[:, None]), 0.0)[:, 1:]
+        fields["sampled_log_prob"] = laid.float().to(ids.device)
+    return batch.replace(**fields).with_totals(None)
 
 
 def _check_positions(model: nn.Module, batch: Batch, max_new_tokens: int) -> None:
@@ -139,72 +150,117 @@ def end_tokens(model: nn.Module) -> set[int]:
 
 
 class _Sampler:
-    """Token-by-token sampling of left-padded rows from one model, or from a mixture of two."""
+    """Token-by-token sampling of rows from one model, or from a mixture of two."""
 
     def __init__(
         self, models: list[nn.Module], alpha: float, temperature: float, top_k: int, top_p: float, ngram: int
     ) -> None:
         self.views = [CausalLM(model) for model in models]
-        self.alpha, self.temperature, self.top_k, self.top_p, self.ngram = (
-            alpha,
-            temperature,
-            top_k,
-            top_p,
-            ngram,
-        )
+        self.alpha, self.temperature, self.top_k, self.top_p = alpha, temperature, top_k, top_p
+        self.ngram = ngram
         self.eos = torch.tensor(sorted(end_tokens(models[0])), dtype=torch.long)
 
     def sample(
-        self, batch: Batch, rows: Tensor, step: Keyed, max_new_tokens: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, batch: Batch, rows: Tensor, step: Keyed, max_new_tokens: int, say: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return for each of `rows` its response tokens [n, max_new_tokens], 0 behind the last, how many they
-        are [n] and whether they ended [n] bool; on the CPU.
+        are [n], whether they ended [n] bool, and their log-probabilities [n, max_new_tokens] if they are
+        wanted; on the CPU.
         """
         device = next(self.views[0].inner.parameters()).device
         lengths = batch["prompt_length"].cpu()[rows]
-        width = int(lengths.max())
-        place = torch.arange(width) - (width - lengths)[:, None]
-        padded = batch["input_ids"].cpu()[rows].gather(1, place.clamp(min=0)).masked_fill(place < 0, 0)
-        example_id = batch["example_id"].to(device)[rows.to(device)]
-        streams = [_Stream(view, padded.to(device), (place >= 0).to(device)) for view in self.views]
-        prompts = zip(padded.tolist(), lengths.tolist(), strict=True) if self.ngram else ()
-        bans = [_NgramBan(self.ngram, prompt[width - length :]) for prompt, length in prompts]
-        responses = torch.zeros((len(rows), max_new_tokens), dtype=torch.long)
-        count, ended = torch.zeros_like(rows), torch.zeros(len(rows), dtype=torch.bool)
-        offset = batch["response_offset"].to(device)[rows.to(device)] if "response_offset" in batch else None
-        room = torch.full_like(rows, max_new_tokens) if offset is None else max_new_tokens - offset.cpu()
-        live = torch.arange(len(rows))
-        for index in range(int(room.max())):
-            position: Any = index if offset is None else offset + index  # one number, or one per row
-            probabilities = self._probabilities([stream.logits for stream in streams])
-            if bans:
-                self._forbid(probabilities, [bans[i] for i in live.tolist()])
-            probabilities = self._truncate(probabilities)
-            if self.temperature == 0:
-                tokens = probabilities.argmax(-1)
-            else:
-                tokens = inverse_cdf(probabilities, uniform(step.seed, example_id, step.visit, position))
+        ids = batch["input_ids"].cpu()[rows, : int(lengths.max())]
+        offset = batch["response_offset"].cpu()[rows] if "response_offset" in batch else None
+        room = torch.full_like(rows, max_new_tokens) if offset is None else max_new_tokens - offset
+        most = int(room.max())
+        shares = self._shares(batch["example_id"].cpu()[rows], step, offset, most)
+        if device.type == "cuda" and not self.ngram and captured.fits(self.views, lengths):
+            found = self._captured(ids.to(device), lengths.to(device), shares, room)
+        else:
+            found = self._stepwise(ids, lengths, shares.to(device), room, say)
+        tokens, count, ended, said = found
+        more = max_new_tokens - most
+        return pad(tokens, (0, more)), count, ended, pad(said, (0, more))
+
+    def _captured(
+        self, ids: Tensor, lengths: Tensor, shares: Tensor, room: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`sample` by captured steps on a GPU."""
+        settings = self.alpha, self.temperature, self.top_k, self.top_p
+        with detail("decode"):
+            found = captured.sample(
+                self.views, ids, lengths, shares, room, self.eos, lambda x, u: self._draw(x, u, []), settings
+            )
+        if int(found[0].max()) >= self.views[0].vocab:
+            raise Diverged("sampling: the distribution of a response token is not finite")
+        return found
+
+    def _stepwise(
+        self, ids: Tensor, lengths: Tensor, shares: Tensor, room: Tensor, say: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`sample` token by token; rows that have ended leave the batch at once."""
+        device, most = shares.device, shares.shape[1]
+        with detail("prefill"):
+            streams = [stream(view, ids.to(device), lengths.to(device), most) for view in self.views]
+        with detail("decode"):
+            return self._decode(streams, ids, lengths, shares, room, say)
+
+    def _decode(
+        self, streams: list[Stream], ids: Tensor, lengths: Tensor, shares: Tensor, room: Tensor, say: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        device, (rows, most) = shares.device, shares.shape
+        prompts = zip(ids.tolist(), lengths.tolist(), strict=True) if self.ngram else ()
+        bans = [_NgramBan(self.ngram, prompt[:length]) for prompt, length in prompts]
+        responses = torch.zeros((rows, most), dtype=torch.long)
+        log_probs = torch.zeros((rows, most), dtype=torch.float64)
+        count, ended = torch.zeros(rows, dtype=torch.long), torch.zeros(rows, dtype=torch.bool)
+        live = torch.arange(rows)
+        for index in range(most):
+            logits = [one.logits for one in streams]
+            tokens = self._draw(logits, shares[:, index : index + 1], [bans[i] for i in live] if bans else [])
             drawn = tokens.cpu()
-            if int(drawn.max()) >= probabilities.shape[-1]:  # what searchsorted gives for NaN
+            if int(drawn.max()) >= logits[0].shape[-1]:  # what searchsorted gives for NaN
                 raise Diverged(f"sampling: the distribution of response token {index} is not finite")
             responses[live, index], count[live] = drawn, index + 1
+            if say:
+                said = logits[0].double().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+                log_probs[live, index] = said.cpu()
             for i, token in zip(live.tolist(), drawn.tolist(), strict=True) if bans else ():
                 bans[i].push(token)
             last = torch.isin(drawn, self.eos)
             ended[live] = last
             keep = ~last & (index + 1 < room[live])
-            if not keep.any():
-                break
             if not keep.all():
-                kept = keep.nonzero()[:, 0]
-                live, kept = live[kept], kept.to(device)
-                tokens, example_id = tokens[kept], example_id[kept]
-                offset = None if offset is None else offset[kept]
-                for stream in streams:
-                    stream.keep(kept)
-            for stream in streams:
-                stream.push(tokens)
-        return responses, count, ended
+                kept = _closed_up(keep)
+                if not len(kept):
+                    break
+                live, there = live[kept], kept.to(device)
+                tokens, shares = tokens[there], shares[there]
+                for one in streams:
+                    one.keep(there)
+            if index + 1 < most:
+                for one in streams:
+                    one.push(tokens)
+        return responses, count, ended, log_probs
+
+    def _shares(self, example_id: Tensor, step: Keyed, offset: Tensor | None, most: int) -> Tensor:
+        """The uniform numbers [n, most] of all rows and positions."""
+        place = torch.arange(most) if offset is None else offset[:, None] + torch.arange(most)
+        if self.temperature == 0:
+            return torch.zeros(len(example_id), most)
+        return uniform(step.seed, example_id[:, None], step.visit, place)
+
+    def _draw(self, logits: list[Tensor], share: Tensor, bans: list[_NgramBan]) -> Tensor:
+        """Return a token per row from the logits [n, V] of each model and uniform numbers [n, 1]."""
+        if self.temperature == 0 and len(logits) == 1 and not bans:
+            return torch.where(logits[0].isnan().any(-1), logits[0].shape[-1], logits[0].argmax(-1))
+        probabilities = self._probabilities(logits)
+        if bans:
+            self._forbid(probabilities, bans)
+        probabilities = self._truncate(probabilities)
+        if self.temperature == 0:
+            return probabilities.argmax(-1)
+        return inverse_cdf(probabilities, share)
 
     def _probabilities(self, logits: list[Tensor]) -> Tensor:
         scale = self.temperature or 1.0
@@ -236,62 +292,17 @@ def inverse_cdf(probabilities: Tensor, u: Tensor) -> Tensor:
     """Return one token per row: the first whose cumulative mass exceeds the share `u` [B] of the total."""
     cdf = probabilities.cumsum(-1, dtype=torch.float64)
     total = cdf[:, -1:].contiguous()
-    tokens = torch.searchsorted(cdf, u[:, None] * total, right=True)
+    tokens = torch.searchsorted(cdf, u.view(-1, 1) * total, right=True)
     last = torch.searchsorted(cdf, total)  # the first that reaches the total: never a token of no mass
     return torch.minimum(tokens, last)[:, 0]
 
 
-class _Stream:
-    """One model's view of the rows being sampled: key-value cache, mask, and the logits of the next token."""
-
-    def __init__(self, view: CausalLM, ids: Tensor, mask: Tensor) -> None:
-        self.view = view
-        forwards = [view.inner.forward, getattr(view.inner, "base_model", view.inner).forward]
-        self.takes_positions = any("position_ids" in signature(forward).parameters for forward in forwards)
-        inputs: dict[str, Any] = {"input_ids": ids}
-        if view.prompt is not None:
-            embedded, mask = _place_prompt(view, ids, mask)
-            inputs = {"inputs_embeds": embedded}
-        self.mask = None if bool(mask.all()) else mask.long()  # without padding, no mask: the faster kernel
-        self.cache = DynamicCache()
-        self.positions: Tensor
-        self.logits: Tensor
-        self._run((mask.long().cumsum(-1) - 1).clamp(min=0), inputs)
-
-    def push(self, tokens: Tensor) -> None:
-        """Append one token per row."""
-        if self.mask is not None:
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
-        self._run(self.positions + 1, {"input_ids": tokens[:, None]})
-
-    def keep(self, index: Tensor) -> None:
-        """Drop every row but those at `index`."""
-        self.positions, self.logits = self.positions[index], self.logits[index]
-        self.mask = None if self.mask is None else self.mask[index]
-        self.cache.batch_select_indices(index)
-
-    def _run(self, positions: Tensor, inputs: dict[str, Any]) -> None:
-        if self.takes_positions:
-            inputs["position_ids"] = positions
-        if self.mask is not None:
-            inputs["attention_mask"] = self.mask
-        hidden, _ = self.view.trunk(**inputs, past_key_values=self.cache, use_cache=True)
-        self.positions = positions[:, -1:]
-        self.logits = self.view.head(hidden[:, -1])[:, : self.view.vocab]
-
-
-def _place_prompt(view: CausalLM, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return embeddings [B, S + k, D] and mask [B, S + k] of left-padded ids with the prompt between padding
-    and text.
-    """
-    assert view.prompt is not None
-    text = view.inner.get_input_embeddings()(ids)
-    slot = torch.arange(ids.shape[1] + view.width, device=ids.device)
-    in_prompt = slot - (~mask).sum(1, keepdim=True)  # the prompt vector that would stand in this slot
-    shifted = text[:, (slot - view.width).clamp(min=0)]
-    vectors = view.prompt.vectors.to(text.dtype)[in_prompt.clamp(0, view.width - 1)]
-    chosen = ((in_prompt >= 0) & (in_prompt < view.width))[..., None]
-    return torch.where(chosen, vectors, shifted), in_prompt >= 0
+def _closed_up(keep: Tensor) -> Tensor:
+    """Return the indices of the rows to keep, those behind moved into the holes: few change their place."""
+    n = int(keep.sum())
+    index = torch.arange(n)
+    index[~keep[:n]] = n + keep[n:].nonzero()[:, 0]
+    return index
 
 
 class _NgramBan:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+import timeit
+import weakref
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from kdbench import clock
-from kdbench.clock import Clock, phase, running
+from kdbench.clock import Clock, detail, name_roles, phase, role_of, running
+from kdbench.prompts import PromptedModel, SoftPrompt
 
 
 class Time:
@@ -139,3 +145,80 @@ def test_peak_of_an_earlier_phase_is_forgotten() -> None:
         with phase("small"):
             pass
     assert kept.phases["large"].peak_rss_bytes - kept.phases["small"].peak_rss_bytes >= 60 * 2**20
+
+
+# ------------------------------------------------------------------------------------------------ details
+def test_details_nest_and_subtract_where_the_clock_is_detailed(time: Time) -> None:
+    kept = Clock(detailed=True)
+    with running(kept), phase("update"):
+        time.now += 1
+        with detail("student"):
+            time.now += 10
+            with detail("divergence"):
+                time.now += 100
+        with detail("student"):
+            time.now += 20
+    assert seconds(kept) == {"update": 1.0, "student": 30.0, "divergence": 100.0}
+
+
+def test_details_belong_to_their_phase_where_it_is_not(time: Time) -> None:
+    kept = Clock()
+    with running(kept), phase("update"):
+        time.now += 1
+        with detail("student"):
+            time.now += 10
+    assert seconds(kept) == {"update": 11.0}
+    with detail("student"):  # no clock runs
+        time.now += 1
+    assert seconds(kept) == {"update": 11.0}
+
+
+def test_a_covering_phase_takes_the_time_of_details(time: Time) -> None:
+    kept = Clock(detailed=True)
+    with running(kept), phase("evaluate", covers=True), detail("decode"):
+        time.now += 3
+    assert seconds(kept) == {"evaluate": 3.0}
+
+
+def test_a_detail_synchronises_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("synchronize", "max_memory_allocated", "max_memory_reserved", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: calls.append(name) or 0)
+    with running(Clock()), detail("decode"):
+        pass
+    assert calls == []
+    with running(Clock(detailed=True)), detail("decode"):
+        pass
+    assert calls.count("synchronize") == 2
+
+
+def test_a_detail_that_is_not_asked_for_costs_next_to_nothing() -> None:
+    def enter() -> None:
+        with detail("student"):
+            pass
+
+    with running(Clock()):
+        least = min(timeit.repeat(enter, number=1000, repeat=20)) / 1000
+    assert least < 2e-6
+
+
+def test_roles_are_found_through_a_soft_prompt() -> None:
+    teacher, student, stranger = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+    prompted = PromptedModel(stranger, SoftPrompt(torch.zeros(1, 2)))
+    name_roles({"student": student, "teacher": teacher, "tuned": prompted})
+    assert role_of(student) == "student"
+    assert role_of(PromptedModel(teacher, SoftPrompt(torch.zeros(1, 2)))) == "teacher"
+    assert role_of(prompted) == "tuned"  # its own role stands before that of the model inside
+    assert role_of(stranger) == "forward"
+    name_roles({"student": teacher})
+    assert role_of(teacher) == "student"  # the newest
+
+
+def test_naming_roles_keeps_no_model_alive() -> None:
+    model = nn.Linear(2, 2)
+    name_roles({"student": model})
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None

@@ -395,7 +395,7 @@ def test_other_architectures(config: Any, norm: str) -> None:
     every = model(input_ids=rows["input_ids"][:, : width - 1], output_hidden_states=True).hidden_states
     mask = module.target_mask(rows)[:, : width - 1]
     for found, wanted in zip(states, every[1:-1], strict=True):
-        torch.testing.assert_close(found, wanted[mask], rtol=0, atol=0)
+        torch.testing.assert_close(found, wanted[mask], rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize(

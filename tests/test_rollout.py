@@ -14,10 +14,11 @@ from scipy import stats
 from torch import Tensor, nn
 from transformers import NoRepeatNGramLogitsProcessor
 
+from kdbench.decoding import CachedStream, GPT2Stream
 from kdbench.distiller import Batch
 from kdbench.predict import CausalLM
 from kdbench.prompts import PromptedModel, SoftPrompt
-from kdbench.rollout import Draw, _NgramBan, _Stream, evaluating, inverse_cdf, rollout
+from kdbench.rollout import Draw, _NgramBan, evaluating, inverse_cdf, rollout
 from kdbench.streams import generator, stream_seed, uniform
 
 PROMPTS = [[3, 4], [5], [6, 7, 8, 9, 10, 11, 12], [1, 2, 3], [4, 4], [9, 8, 7, 6], [2], [12, 1, 5]]
@@ -400,16 +401,17 @@ def test_a_mixture_of_different_vocabularies_is_over_the_shared_ids() -> None:
 
 
 @pytest.mark.parametrize("soft", [False, True])
-def test_left_padded_logits_equal_those_of_single_rows(soft: bool) -> None:
+@pytest.mark.parametrize("kind", [GPT2Stream, CachedStream])
+def test_logits_of_a_stream_equal_those_of_single_rows(kind: Any, soft: bool) -> None:
     """The soft prompt stands between padding and text, at positions 0..k-1."""
     model: nn.Module = tiny_gpt2(1, width=16, layers=2)
     if soft:
         model = prompted(model)
     width = max(len(p) for p in PROMPTS)
-    ids = torch.tensor([[7] * (width - len(p)) + p for p in PROMPTS])
-    mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in PROMPTS])
+    ids = torch.tensor([p + [7] * (width - len(p)) for p in PROMPTS])
+    lengths, more = torch.tensor([len(p) for p in PROMPTS]), () if kind is CachedStream else (2,)
     with torch.no_grad():
-        stream = _Stream(CausalLM(model), ids, mask)
+        stream = kind(CausalLM(model), ids, lengths, *more)
         check_logits(stream.logits, model, PROMPTS)
         stream.push(torch.arange(len(PROMPTS)))
         grown = [[*p, i] for i, p in enumerate(PROMPTS)]

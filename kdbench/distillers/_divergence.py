@@ -1,4 +1,4 @@
-"""What the settings of several methods share: the choice of a divergence, and a temperature."""
+"""What the settings of several methods share: the choice of a divergence."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kdbench.losses import Logits, SupportsLogits, divergence_named
+from kdbench.losses import Logits, divergence_named
 
 
 @dataclass
@@ -30,25 +30,3 @@ class DivergenceConfig:
         """
         given = {"alpha": self.alpha, "beta": self.beta, "mu": self.mu, "weight": self.weight}
         return divergence_named(self.divergence, **{k: v for k, v in given.items() if v is not None})
-
-
-class _Tempered:
-    """A prediction whose logits are divided by a temperature."""
-
-    def __init__(self, prediction: SupportsLogits, temperature: float) -> None:
-        self.vocab, self.targets = prediction.vocab, prediction.targets
-        self._prediction, self._temperature = prediction, temperature
-
-    def __len__(self) -> int:
-        return len(self._prediction)
-
-    def logits(self, start: int, stop: int) -> Tensor:
-        return self._prediction.logits(start, stop) / self._temperature
-
-
-def tempered(prediction: SupportsLogits, temperature: float) -> SupportsLogits:
-    """Return softmax(logits / temperature) at the same positions; at temperature 1, `prediction` itself.
-
-    Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531, sec. 2.
-    """
-    return prediction if temperature == 1 else _Tempered(prediction, temperature)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kdbench.distiller import Batch, Distiller, Step, token_mean
-from kdbench.distillers._divergence import DivergenceConfig, tempered
+from kdbench.distillers._divergence import DivergenceConfig
 from kdbench.losses import cross_entropy
 from kdbench.predict import predict
 
@@ -50,7 +50,7 @@ class KD(Distiller):
         q = predict(self.student, batch)
         with torch.no_grad():
             p = predict(self.teacher, batch)
-        warm_q, warm_p = tempered(q, self.cfg.temperature), tempered(p, self.cfg.temperature)
+        warm_q, warm_p = q.tempered(self.cfg.temperature), p.tempered(self.cfg.temperature)
         ce = token_mean(cross_entropy(q), batch)
         kd = self.factor * token_mean(self.divergence(warm_q, warm_p), batch)
         step.log(ce=ce, **{self.cfg.divergence: kd})

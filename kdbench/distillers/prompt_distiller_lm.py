@@ -58,7 +58,6 @@ from kdbench.distiller import (
     target_mask,
     token_mean,
 )
-from kdbench.distillers._divergence import tempered
 from kdbench.losses import cross_entropy, forward_kl
 from kdbench.predict import CausalLM, Prediction, predict
 from kdbench.rollout import evaluating, rollout
@@ -199,7 +198,7 @@ class PromptDistillerLM(Distiller):
             with torch.no_grad():
                 p, seen = read(teacher, part, None if cached else lens)
         if cfg.lam1 > 0:
-            kd = forward_kl(tempered(q, cfg.alpha), tempered(p, cfg.alpha))
+            kd = forward_kl(q.tempered(cfg.alpha), p.tempered(cfg.alpha))
             terms[f"kd_{name}"] = cfg.lam1 * self.factor * token_mean(kd, part)
         if self.contrasts:
             pool, seed = self._pool(name).batches()[0], stream_seed(step.seed, f"negatives/{name}")
@@ -264,8 +263,7 @@ def read(model: nn.Module, batch: Batch, lens: Lens | None) -> tuple[Prediction,
     finally:
         for handle in handles:
             handle.remove()
-    mask = target_mask(batch)[:, : found[0].shape[1]]
-    return q, torch.stack([states[mask] for states in found])
+    return q, torch.stack([q.at_targets(states) for states in found])
 
 
 def lens_logits(model: nn.Module, lens: Lens, states: Tensor) -> Tensor:

@@ -1,0 +1,198 @@
+"""Runs a causal language model without padding: all tokens in one sequence, attention row by row.
+
+Everything in a transformer but attention treats tokens one by one, so padding costs it time for nothing. Here
+the tokens of all rows are one sequence [1, N]; the attention function, which transformers lets a caller
+register, lays queries, keys and values out as rows for the fused kernel and takes the results back.
+
+Source: own; the idea is known from the training of BERT without padding (Zeng et al. 2022,
+https://arxiv.org/abs/2208.08124).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.activations import NewGELUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "kdbench_packed"
+"""The attention function that models get: torch's fused attention, and row by row for packed tokens."""
+
+# what an architecture may tell its attention without changing what is computed here
+_HARMLESS = frozenset(
+    "dropout scaling is_causal position_ids position_embeddings use_cache cache_position packing return_dict "
+    "output_attentions output_hidden_states".split()
+)
+
+
+class Packing:
+    """Where the tokens of B rows of different lengths stand in one sequence of N tokens.
+
+    Args: `lengths` [B] int64, 0 included. `kept` receives each layer's keys and values as rows
+    [B, heads, T, d], if given.
+    """
+
+    def __init__(self, lengths: Tensor, kept: list[tuple[Tensor, Tensor]] | None = None) -> None:
+        self.rows, self.width = len(lengths), int(lengths.max()) if len(lengths) else 0
+        self.kept = kept
+        place = torch.arange(self.width, device=lengths.device)
+        self.real = place < lengths[:, None]
+        self.full = bool(self.real.all())
+        self.row, self.place = self.real.nonzero(as_tuple=True)  # of each token, [N]
+        self.slot = self.row * self.width + self.place  # of each token in the flat rows, [N]
+        start = lengths.cumsum(0) - lengths
+        last = max(len(self.slot) - 1, 0)
+        # of each slot of the flat rows; behind a row stand other tokens, which no token of the row sees
+        self.token = (start[:, None] + place).clamp(max=last).flatten()
+        self.flat_real = self.real.flatten()
+
+    def __len__(self) -> int:
+        return len(self.slot)
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """Return the N tokens' entries of `padded` [B, T or more, ...], [N, ...]."""
+        return padded[self.row, self.place]
+
+    def to_rows(self, packed: Tensor) -> Tensor:
+        """Return `packed` [1, heads, N, d] as rows [B, heads, T, d]; what is behind a row is arbitrary."""
+        tokens = packed[0].transpose(0, 1)
+        if not self.full:
+            tokens = _move(tokens, self.token, self.slot, None)
+        return tokens.view(self.rows, self.width, *tokens.shape[1:]).transpose(1, 2)
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """Return rows [B, heads, T, d] as [1, N, heads, d]."""
+        tokens = rows.transpose(1, 2).flatten(0, 1)
+        if not self.full:
+            tokens = _move(tokens, self.slot, self.token, self.flat_real)
+        return tokens[None]
+
+
+class _Move(torch.autograd.Function):
+    """Takes entries at `index`; the gradient takes them back by `inverse`, 0 where `real` is false."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, real: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inverse, *([] if real is None else [real]))
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inverse, *real = ctx.saved_tensors
+        back = gradient[0].index_select(0, inverse)
+        if real:
+            back = back.masked_fill_(~real[0][:, None, None], 0.0)
+        return back, None, None, None
+
+
+def _move(x: Tensor, index: Tensor, inverse: Tensor, real: Tensor | None) -> Tensor:
+    moved: Tensor = _Move.apply(x, index, inverse, real)  # type: ignore[no-untyped-call]
+    return moved
+
+
+class Unsupported(Exception):
+    """The architecture tells its attention something that is not done here."""
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **told: Any
+) -> tuple[Tensor, None]:
+    packing: Packing | None = told.get("packing")
+    if packing is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **told)
+    for name, setting in told.items():
+        if name not in _HARMLESS and setting is not None and setting is not False:
+            raise Unsupported(f"{type(module).__name__}: {name} = {setting}")
+    if told.get("is_causal") is False or not getattr(module, "is_causal", True):
+        raise Unsupported(f"{type(module).__name__}: attention is not causal")
+    keys, values = packing.to_rows(key), packing.to_rows(value)
+    if packing.kept is not None:
+        packing.kept.append((keys, values))
+    out = scaled_dot_product_attention(
+        packing.to_rows(query),
+        keys,
+        values,
+        dropout_p=told.get("dropout", 0.0),
+        is_causal=True,
+        scale=told.get("scaling"),
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+    return packing.from_rows(out), None
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+_packable: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_DUMMY = torch.zeros(1, 1, 1, 1, dtype=torch.bool)  # a mask of four dimensions is passed on as it is
+
+
+def prepare(model: nn.Module) -> bool:
+    """Give a causal language model the fast kernels that compute the same function, and tell whether it can
+    be run packed, by trying it on a probe. Done once per model.
+
+    GPT-2's GELU, which transformers composes of eight operations, becomes torch's own; attention by torch's
+    fused kernel becomes the function of this module, which is that kernel for rows.
+    """
+    if model not in _packable:
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, NewGELUActivation):
+                    setattr(parent, name, nn.GELU(approximate="tanh").train(child.training))
+        _packable[model] = _try(model)
+    return _packable[model]
+
+
+def _try(model: Any) -> bool:
+    config = model.config
+    trunk = getattr(model, "base_model", None)
+    if getattr(config, "_attn_implementation", None) != "sdpa" or trunk is None or trunk is model:
+        return False
+    parameter = next(model.parameters())
+    vocab = int(getattr(config, "kdbench_vocab", None) or config.vocab_size)
+    lengths = torch.tensor([5, 2, 7], device=parameter.device)
+    ids = (torch.arange(21, device=parameter.device).view(3, 7) * 7 + 1) % vocab
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(parameter.device.type, enabled=False):
+            whole = trunk(input_ids=ids, use_cache=False).last_hidden_state
+            config._attn_implementation = NAME
+            packing = Packing(lengths)
+            packed = run(trunk, packing, packing.place, input_ids=packing.pack(ids))
+            rows = trunk(input_ids=ids, use_cache=False).last_hidden_state
+        wanted = packing.pack(whole).float()
+        share = 1e-4 if parameter.dtype in (torch.float32, torch.float64) else 1e-2
+        near = share * float(wanted.abs().max())
+        works = torch.allclose(packed.float(), wanted, rtol=0.0, atol=near) and torch.equal(rows, whole)
+    except Exception:  # whatever an architecture does not take, it is run with padding
+        works = False
+    finally:
+        for module, training in modes:
+            module.training = training
+    if not works:
+        config._attn_implementation = "sdpa"
+    return works
+
+
+def run(trunk: Any, packing: Packing, positions: Tensor, **inputs: Tensor) -> Tensor:
+    """Return the trunk's hidden states [N, H] of packed tokens.
+
+    Args: `positions` [N]; `inputs` is `input_ids` [N] or `inputs_embeds` [N, D].
+    """
+    given = {name: value[None] for name, value in inputs.items()}
+    out = trunk(
+        **given,
+        position_ids=positions[None],
+        attention_mask=_DUMMY.to(positions.device),
+        use_cache=False,
+        packing=packing,
+    )
+    hidden: Tensor = out.last_hidden_state[0]
+    return hidden
