@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
 
-from kdbench.decoding import aligned, is_plain_gpt2, norm_of, prefilled
+from kdbench.decoding import aligned, can_be_written_out, norm_of, prefilled, scale_of
 from kdbench.predict import CausalLM
 
 CHECK_EVERY = 32  # tokens between two looks of the host
@@ -30,8 +30,7 @@ Draw = Callable[[list[Tensor], Tensor], Tensor]
 
 def fits(views: list[CausalLM], lengths: Tensor) -> bool:
     """Whether all models are GPT-2 as transformers has it, and every row has a prompt."""
-    plain = all(view.packs and view.split and is_plain_gpt2(view.inner) for view in views)
-    return plain and bool((lengths > 0).all())
+    return all(map(can_be_written_out, views)) and bool((lengths > 0).all())
 
 
 def rows_of(n: int) -> int:
@@ -90,8 +89,9 @@ _buckets: WeakKeyDictionary[nn.Module, dict[Any, Bucket]] = WeakKeyDictionary()
 def _bucket(views: list[CausalLM], rows: int, width: int, draw: Draw, name: Any, eos: Tensor) -> Bucket:
     """The bucket of that shape for these models, made and captured once."""
     known = _buckets.setdefault(views[0].inner, {})
-    others = tuple(id(view.inner) for view in views[1:])
-    key = (rows, width, others, name, tuple(eos.tolist()), _dtype(views[0]))
+    # a bucket reads the tables of its models in place, and keeps them: no other model has them there
+    models = tuple((view.inner.transformer.wte.weight.data_ptr(), view.vocab, _dtype(view)) for view in views)
+    key = (rows, width, models, name, tuple(eos.tolist()))
     if key not in known:
         known[key] = Bucket(views, rows, width, draw, eos)
     return known[key]
@@ -206,7 +206,7 @@ class _Fixed:
         trunk, head = view.inner.transformer, view.inner.get_output_embeddings()
         self.device, self.dtype, self.rows, self.width = trunk.wte.weight.device, _dtype(view), rows, width
         self.blocks = [_FixedBlock(block, self.dtype) for block in trunk.h]
-        self.tables = trunk.wte.weight, trunk.wpe.weight
+        self.tables = trunk.wte.weight.detach(), trunk.wpe.weight.detach()
         self.norm = norm_of(trunk.ln_f)
         self.head = torch.empty_like(head.weight[: view.vocab], dtype=self.dtype)
         self.head_bias = None if head.bias is None else head.bias[: view.vocab]
@@ -287,7 +287,7 @@ class _FixedBlock:
 
     def __init__(self, block: Any, dtype: torch.dtype) -> None:
         self.norms = [norm_of(block.ln_1), norm_of(block.ln_2)]
-        self.act, self.scale, self.heads = block.mlp.act, block.attn.scaling, block.attn.num_heads
+        self.act, self.scale, self.heads = block.mlp.act, scale_of(block.attn), block.attn.num_heads
         self.dtype = dtype
         self.weights = [
             (

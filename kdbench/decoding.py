@@ -12,11 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
-from transformers import DynamicCache, GPT2LMHeadModel
-from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block
-from transformers.pytorch_utils import Conv1D
+from transformers import DynamicCache
 
-from kdbench.packing import Packing
+from kdbench.packing import Packing, is_plain_gpt2, is_watched
 from kdbench.predict import CausalLM
 
 SKINNY = 8
@@ -39,24 +37,15 @@ class Stream(Protocol):
 
 def stream(view: CausalLM, ids: Tensor, lengths: Tensor, room: int) -> Stream:
     """Return the rows of right-padded ids [n, T] of `lengths` [n], with room for that many tokens more."""
-    if view.packs and view.split and bool((lengths > 0).all()) and is_plain_gpt2(view.inner):
+    if bool((lengths > 0).all()) and can_be_written_out(view):
         return GPT2Stream(view, ids, lengths, room)
     return CachedStream(view, ids, lengths)
 
 
-def is_plain_gpt2(model: Any) -> bool:
-    """Whether a model is GPT-2 as transformers has it, so that the decoder below computes the same."""
-    if type(model) is not GPT2LMHeadModel or model.config.add_cross_attention:
-        return False
-    return all(
-        type(block) is GPT2Block
-        and type(block.attn) is GPT2Attention
-        and all(
-            type(linear) is Conv1D
-            for linear in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
-        )
-        for block in model.transformer.h
-    )
+def can_be_written_out(view: CausalLM) -> bool:
+    """Whether the decoder below computes what the model does: it is GPT-2 and nobody watches its modules."""
+    plain = view.packs and view.split and is_plain_gpt2(view.inner)
+    return plain and not is_watched(*view.inner.modules())
 
 
 class GPT2Stream:
@@ -131,8 +120,8 @@ def prefilled(
     kept: list[tuple[Tensor, Tensor]] = []
     longer = lengths + view.width
     rows = Packing(longer, kept)
-    hidden = view.packed(ids, rows, rows.place)
-    return kept, hidden[longer.cumsum(0) - 1], longer, rows.width
+    hidden = view.packed(ids, rows, rows.place, longer.cumsum(0) - 1)
+    return kept, hidden, longer, rows.width
 
 
 def aligned(states: Tensor, start: Tensor, width: int) -> Tensor:
@@ -150,7 +139,7 @@ class _Block:
     def __init__(self, block: Any) -> None:
         attention, mlp = block.attn, block.mlp
         self.norms = [norm_of(block.ln_1), norm_of(block.ln_2)]
-        self.act, self.scale, self.heads = mlp.act, attention.scaling, attention.num_heads
+        self.act, self.scale, self.heads = mlp.act, scale_of(attention), attention.num_heads
         self.qkv, self.out, self.up, self.down = (
             (layer.weight.t().contiguous(), layer.bias)
             for layer in (attention.c_attn, attention.c_proj, mlp.c_fc, mlp.c_proj)
@@ -165,6 +154,12 @@ class _Block:
         """Return the block's result [n, D] for its input and what attention found."""
         x = x + _product(attended, *self.out)
         return x + _product(self.act(_product(layer_norm(x, *self.norms[1]), *self.up)), *self.down)
+
+
+def scale_of(attention: Any) -> float | None:
+    """The factor of GPT-2's attention scores; None, which is 1 / sqrt(d), where transformers names none."""
+    scale: float | None = getattr(attention, "scaling", None)
+    return scale
 
 
 def norm_of(module: Any) -> tuple[Any, ...]:

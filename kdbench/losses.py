@@ -23,7 +23,7 @@ import difflib
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -276,6 +276,20 @@ def token_log_prob(q: Logits, targets: Tensor | None = None) -> Tensor:
     Raises: ValueError if targets are missing, not integers, or do not fit the positions of q.
     Source: own; a definition.
     """
+    return _of_targets("token_log_prob", 1, q, targets)
+
+
+def cross_entropy(q: Logits, targets: Tensor | None = None) -> Tensor:
+    """-log q(target), the loss of hard targets; nats, [...] or [N].
+
+    Raises: ValueError on targets that do not fit, as `token_log_prob`, whose arguments it takes.
+    Source: own; a definition.
+    """
+    return _of_targets("cross_entropy", -1, q, targets)
+
+
+def _of_targets(name: str, sign: int, q: Logits, targets: Tensor | None) -> Tensor:
+    """sign log q(target) per row; [...] or [N]."""
     if targets is None:
         if isinstance(q, Tensor):
             raise ValueError("targets: logits in a Tensor have no targets of their own; give them.")
@@ -286,18 +300,9 @@ def token_log_prob(q: Logits, targets: Tensor | None = None) -> Tensor:
         )
 
     def plain(logits: Tensor, ids: Tensor) -> Tensor:
-        return log_probs(logits).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+        return sign * log_probs(logits).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
-    return _over_chunks("token_log_prob", plain, q, targets)
-
-
-def cross_entropy(q: Logits, targets: Tensor | None = None) -> Tensor:
-    """-log q(target), the loss of hard targets; nats, [...] or [N].
-
-    Raises: ValueError on targets that do not fit, as `token_log_prob`, whose arguments it takes.
-    Source: own; a definition.
-    """
-    return -token_log_prob(q, targets)
+    return _over_chunks(name, plain, q, targets)
 
 
 DIVERGENCES: dict[str, Callable[..., Tensor]] = {
@@ -415,7 +420,9 @@ class _Formed(torch.autograd.Function):
     ) -> Tensor:
         ctx.plain, ctx.inputs = plain, inputs
         ctx.autocast = _autocast_state(inputs)
-        values, ctx.unit = _through(plain, inputs, None, wanted)
+        ctx.save_for_backward(*trained)
+        with torch.autocast(**ctx.autocast):
+            values, ctx.unit = _through(plain, inputs, None, wanted)
         return values
 
     @staticmethod
@@ -425,16 +432,16 @@ class _Formed(torch.autograd.Function):
         formed = [x for x in ctx.inputs if isinstance(x, FormsGradient)]
         owners = [(x, tensor) for x in formed for tensor in x.trained()]
         per_row = [tensor is x.hidden for x, tensor in owners]
-        same = g.numel() == 1 or g.stride() == (0,)  # expanded from one number
         unit = ctx.unit
         ctx.unit = None  # what is returned may be changed in place
-        if unit is None or (not same and not all(per_row)):
+        if unit is None or not (all(per_row) or _one_number(g)):
             unit = None
+            _ = ctx.saved_tensors  # refuses weights that were changed since the forward pass
             with torch.autocast(**ctx.autocast):
                 _, unit = _through(ctx.plain, ctx.inputs, g, True)
             return None, None, None, *unit
         for total, of_rows in zip(unit, per_row, strict=True):
-            total.mul_((g[:, None] if of_rows else g.flatten()[0]).to(total.dtype))
+            total.mul_(g[:, None] if of_rows else g[:1].sum())  # the sum of no rows is 0
         return None, None, None, *unit
 
 
@@ -464,8 +471,13 @@ def _through(
             if learns:
                 weight = None if weights is None else weights[start + low : start + low + len(value)]
                 weight = torch.ones_like(value) if weight is None else weight.to(value.dtype)
-                for x, gradient in zip(learns, torch.autograd.grad(value, learns, weight), strict=True):
-                    x.detach().copy_(gradient)  # in the place of the logits, which nobody needs any more
+                # a formula may leave one of its models out, or have no gradient at all
+                found: Sequence[Tensor | None] = [None] * len(learns)
+                if value.requires_grad:
+                    found = torch.autograd.grad(value, learns, weight, allow_unused=True)
+                for x, gradient in zip(learns, found, strict=True):
+                    # in the place of the logits, which nobody needs any more
+                    x.detach().zero_() if gradient is None else x.detach().copy_(gradient)
         for x, chunk, tensors, total in zip(inputs, chunks, trained, totals, strict=True):
             if tensors:
                 x.pull_back(start, stop, chunk, total)
@@ -474,13 +486,22 @@ def _through(
     return torch.cat(values), [total for of_one in totals for total in of_one]
 
 
+def _one_number(g: Tensor) -> bool:
+    """Whether all entries of `g` [N] are equal, as under a sum or a mean."""
+    return g.stride() == (0,) or bool((g == g[:1]).all())
+
+
 def _autocast_state(inputs: tuple[Any, ...]) -> dict[str, Any]:
-    """The state of autocast, as arguments that bring it back."""
+    """The state of autocast, as arguments that bring it back, without its cache: in older versions of torch
+    that hands a weight which was cast for a chunk of logits, without its graph, to the pass that wants its
+    gradient.
+    """
     device = next(x for x in inputs if not isinstance(x, Tensor)).targets.device.type
     return {
         "device_type": device,
         "dtype": torch.get_autocast_dtype(device),
         "enabled": torch.is_autocast_enabled(device),
+        "cache_enabled": False,
     }
 
 

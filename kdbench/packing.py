@@ -16,10 +16,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, GPT2LMHeadModel
 from transformers.activations import NewGELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block, GPT2Model
+from transformers.pytorch_utils import Conv1D
 
 NAME = "kdbench_packed"
 """The attention function that models get: torch's fused attention, and row by row for packed tokens."""
@@ -135,7 +137,8 @@ _DUMMY = torch.zeros(1, 1, 1, 1, dtype=torch.bool)  # a mask of four dimensions 
 
 def prepare(model: nn.Module) -> bool:
     """Give a causal language model the fast kernels that compute the same function, and tell whether it can
-    be run packed, by trying it on a probe. Done once per model.
+    be run packed, by trying it on a probe. Done once per model; one that was given another attention function
+    since then is run with padding.
 
     GPT-2's GELU, which transformers composes of eight operations, becomes torch's own; attention by torch's
     fused kernel becomes the function of this module, which is that kernel for rows.
@@ -146,14 +149,16 @@ def prepare(model: nn.Module) -> bool:
                 if isinstance(child, NewGELUActivation):
                     setattr(parent, name, nn.GELU(approximate="tanh").train(child.training))
         _packable[model] = _try(model)
-    return _packable[model]
+    config: Any = getattr(model, "config", None)
+    return _packable[model] and getattr(config, "_attn_implementation", None) == NAME
 
 
 def _try(model: Any) -> bool:
     config = model.config
     trunk = getattr(model, "base_model", None)
-    if getattr(config, "_attn_implementation", None) != "sdpa" or trunk is None or trunk is model:
-        return False
+    before = getattr(config, "_attn_implementation", None)
+    if before not in ("sdpa", NAME) or trunk is None or trunk is model or _is_local(config):
+        return False  # NAME: the copy of a model that is prepared
     parameter = next(model.parameters())
     vocab = int(getattr(config, "kdbench_vocab", None) or config.vocab_size)
     lengths = torch.tensor([5, 2, 7], device=parameter.device)
@@ -165,7 +170,8 @@ def _try(model: Any) -> bool:
             whole = trunk(input_ids=ids, use_cache=False).last_hidden_state
             config._attn_implementation = NAME
             packing = Packing(lengths)
-            packed = run(trunk, packing, packing.place, input_ids=packing.pack(ids))
+            every = torch.arange(len(packing), device=parameter.device)
+            packed = run(model, packing, packing.place, every, input_ids=packing.pack(ids))
             rows = trunk(input_ids=ids, use_cache=False).last_hidden_state
         wanted = packing.pack(whole).float()
         share = 1e-4 if parameter.dtype in (torch.float32, torch.float64) else 1e-2
@@ -177,15 +183,28 @@ def _try(model: Any) -> bool:
         for module, training in modes:
             module.training = training
     if not works:
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = before
     return works
 
 
-def run(trunk: Any, packing: Packing, positions: Tensor, **inputs: Tensor) -> Tensor:
-    """Return the trunk's hidden states [N, H] of packed tokens.
+def _is_local(config: Any) -> bool:
+    """Whether some layer attends to the nearest tokens alone: a probe of few tokens does not show it, and
+    some architectures tell their mask of it, not their attention function.
+    """
+    config = config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ()
+    reach = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return any(reach) or any(kind != "full_attention" for kind in kinds)
+
+
+def run(model: Any, packing: Packing, positions: Tensor, wanted: Tensor, **inputs: Tensor) -> Tensor:
+    """Return the hidden states [M, H] that a model's head reads, of the packed tokens at `wanted` [M].
 
     Args: `positions` [N]; `inputs` is `input_ids` [N] or `inputs_embeds` [N, D].
     """
+    trunk = model.base_model
+    if is_plain_gpt2(model) and not is_watched(trunk, trunk.h[-1]):
+        return _gpt2(trunk, packing, positions, wanted, **inputs)
     given = {name: value[None] for name, value in inputs.items()}
     out = trunk(
         **given,
@@ -195,4 +214,52 @@ def run(trunk: Any, packing: Packing, positions: Tensor, **inputs: Tensor) -> Te
         packing=packing,
     )
     hidden: Tensor = out.last_hidden_state[0]
+    return hidden[wanted]
+
+
+def _gpt2(
+    trunk: Any,
+    packing: Packing,
+    positions: Tensor,
+    wanted: Tensor,
+    input_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+) -> Tensor:
+    """`run` for GPT-2, whose last block needs no more than attention at tokens whose state nobody reads."""
+    embedded = trunk.wte(input_ids[None]) if input_ids is not None else inputs_embeds
+    x = trunk.drop(embedded + trunk.wpe(positions[None]))
+    *blocks, last = trunk.h
+    for block in blocks:
+        out = block(x, packing=packing)
+        x = out[0] if isinstance(out, tuple) else out
+    x = (x + last.attn(last.ln_1(x), packing=packing)[0])[0][wanted]
+    x = x + last.mlp(last.ln_2(x))
+    hidden: Tensor = trunk.ln_f(x)
     return hidden
+
+
+def is_watched(*modules: nn.Module) -> bool:
+    """Whether hooks hear of the calls of some module, so that it must be called."""
+    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    return any(getattr(module, name) for module in modules for name in hooks)
+
+
+def is_plain_gpt2(model: Any) -> bool:
+    """Whether a model is GPT-2 as transformers has it: then what is written out for it computes the same."""
+    if type(model) is not GPT2LMHeadModel or type(model.transformer) is not GPT2Model:
+        return False
+    if model.config.add_cross_attention or type(model.lm_head) is not nn.Linear:
+        return False
+    trunk = model.transformer
+    norms = [norm for block in trunk.h for norm in (block.ln_1, block.ln_2)]
+    if any(type(norm) is not nn.LayerNorm for norm in (trunk.ln_f, *norms)):
+        return False
+    return all(type(table) is nn.Embedding for table in (trunk.wte, trunk.wpe)) and all(
+        type(block) is GPT2Block
+        and type(block.attn) is GPT2Attention
+        and all(
+            type(linear) is Conv1D
+            for linear in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
+        )
+        for block in model.transformer.h
+    )

@@ -7,7 +7,9 @@ caps its logits afterwards is run whole instead, so that nothing is silently dif
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -59,6 +61,12 @@ class Prediction:
             scale = self._scale / temperature
             return Prediction(self.hidden, self._head, self.targets, self.vocab, at=self._at, scale=scale)
 
+    def detached(self) -> Prediction:
+        """Return the same distributions, without a gradient."""
+        with torch.no_grad():
+            hidden = self.hidden.detach()
+            return Prediction(hidden, self._head, self.targets, self.vocab, at=self._at, scale=self._scale)
+
     def at_targets(self, states: Tensor) -> Tensor:
         """Return states of another layer, as a forward hook saw them in this forward pass, at the N target
         positions, [N, H].
@@ -78,7 +86,8 @@ class Prediction:
         """Return the logits [stop - start, V] without a gradient, in a tensor that may be overwritten."""
         with torch.no_grad():
             logits = self._logits(self.hidden[start:stop])
-        return logits.clone() if logits._is_view() or logits is self.hidden else logits
+        own = logits.untyped_storage().data_ptr() != self.hidden.untyped_storage().data_ptr()
+        return logits if own else logits.clone()
 
     def pull_back(self, start: int, stop: int, gradient: Tensor, into: list[Tensor]) -> None:
         """Add to `into`, which has the shapes of `trained()`, what the gradient [stop - start, V] of the
@@ -87,8 +96,9 @@ class Prediction:
         if self._scale != 1:
             gradient = gradient * self._scale
         head: Any = self._head
-        plain = head.__class__ is nn.Linear and head.bias is None and gradient.dtype == head.weight.dtype
-        if plain and not torch.is_autocast_enabled(gradient.device.type):
+        plain = type(head) is nn.Linear and getattr(head, "bias", None) is None
+        autocast = torch.is_autocast_enabled(gradient.device.type)
+        if plain and not autocast and gradient.dtype == head.weight.dtype:
             hidden, weight = self.hidden[start:stop].detach(), head.weight.detach()[: self.vocab]
             for tensor, total in zip(self._trained, into, strict=True):
                 if tensor is self.hidden:
@@ -114,7 +124,8 @@ class Prediction:
             bias = None if head.bias is None else head.bias[: self.vocab]
             logits = linear(hidden, head.weight[: self.vocab], bias)
         else:
-            logits = head(hidden)[..., : self.vocab]
+            logits = head(hidden)
+            logits = logits if logits.shape[-1] == self.vocab else logits[..., : self.vocab]
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return logits if self._scale == 1 else logits * self._scale
 
@@ -134,7 +145,8 @@ def _logits_are_head_of_trunk(model: nn.Module) -> bool:
             modes = [(module, module.training) for module in model.modules()]
             enabled = torch.is_autocast_enabled(ids.device.type)
             model.eval()
-            with torch.no_grad(), torch.autocast(ids.device.type, enabled=enabled):
+            # no cache: older versions of torch hand weights cast here, without their graph, to later passes
+            with torch.no_grad(), torch.autocast(ids.device.type, enabled=enabled, cache_enabled=False):
                 probe = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
                 ours = head(trunk(**probe).last_hidden_state)
                 whole = model(**probe).logits
@@ -196,22 +208,21 @@ class CausalLM:
         vectors = self.prompt(len(input_ids)).to(embedded.dtype)
         return self.trunk(inputs_embeds=torch.cat([vectors, embedded], dim=1), **inputs)[0][:, self.width :]
 
-    def packed(self, input_ids: Tensor, rows: packing.Packing, positions: Tensor) -> Tensor:
-        """Return hidden states [N, H] of the N packed tokens of right-padded ids [B, T], the soft prompt's
-        in front of each row included.
+    def packed(self, input_ids: Tensor, rows: packing.Packing, positions: Tensor, wanted: Tensor) -> Tensor:
+        """Return hidden states [M, H] of those of the N packed tokens of right-padded ids [B, T] that are
+        `wanted` [M]; the soft prompt's in front of each row count as tokens.
 
         Args: `rows` packs rows that the soft prompt has made longer; `positions` [N]. For models that
         `packs` and `split`.
         """
-        trunk = self.inner.base_model
         if self.prompt is None:
-            return packing.run(trunk, rows, positions, input_ids=rows.pack(input_ids))
+            return packing.run(self.inner, rows, positions, wanted, input_ids=rows.pack(input_ids))
         text = rows.place - self.width
         ids = input_ids[rows.row, text.clamp(min=0)]
         embedded = self.inner.get_input_embeddings()(ids)
         vectors = self.prompt(rows.rows).flatten(0, 1).to(embedded.dtype)
         embedded = embedded.index_copy(0, (text < 0).nonzero()[:, 0], vectors)
-        return packing.run(trunk, rows, positions, inputs_embeds=embedded)
+        return packing.run(self.inner, rows, positions, wanted, inputs_embeds=embedded)
 
 
 def predict(model: nn.Module, batch: Batch) -> Prediction:
@@ -221,14 +232,66 @@ def predict(model: nn.Module, batch: Batch) -> Prediction:
     padded otherwise: no target sees padding, and no attention mask is needed. A field `position_offset` [B]
     shifts the position ids of a row.
     """
-    with detail(role_of(model) or "forward"):
+    with detail(role_of(model)):
+        shared_here = _shared.get()
+        if shared_here is not None and shared_here.model is model:
+            return shared_here.predict(batch)
         return _predict(CausalLM(model), batch)
+
+
+@contextmanager
+def shared(model: nn.Module) -> Iterator[None]:
+    """Run the model once where several updates of a visit predict on the same rows with the same weights.
+
+    The first prediction on a batch is made with a gradient, even where it is asked for without one, and the
+    next one on that batch takes it over. An update that is cut into micro-batches shares nothing, for their
+    activations would have to be kept together; nor does a model in train mode, whose dropout differs.
+    """
+    token = _shared.set(_Shared(model))
+    try:
+        yield
+    finally:
+        _shared.reset(token)
+
+
+class _Shared:
+    """The last prediction of one model with its graph, and what it was made from."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.trained = [param for param in model.parameters() if param.requires_grad]
+        self.rows: Tensor | None = None
+        self.versions: list[int] = []
+        self.made: Prediction | None = None
+
+    def predict(self, batch: Batch) -> Prediction:
+        """`predict` on the model."""
+        whole = batch.size == batch.totals.examples
+        if not whole or any(module.training for module in self.model.modules()):
+            self.rows = self.made = None
+            return _predict(CausalLM(self.model), batch)
+        versions = [param._version for param in self.model.parameters()]
+        if self.made is None or self.rows is not batch["input_ids"] or self.versions != versions:
+            asked = [param.requires_grad for param in self.trained]
+            for param in self.trained:
+                param.requires_grad_(True)
+            with torch.enable_grad():
+                self.made = _predict(CausalLM(self.model), batch)
+            for param, wanted in zip(self.trained, asked, strict=True):
+                param.requires_grad_(wanted)
+            self.rows, self.versions = batch["input_ids"], versions
+        return self.made if torch.is_grad_enabled() else self.made.detached()
+
+
+_shared: ContextVar[_Shared | None] = ContextVar("shared", default=None)
 
 
 def _predict(view: CausalLM, batch: Batch) -> Prediction:
     width = max(int(batch["length"].max()), 2) if batch.size else 2
-    cut = batch.replace(input_ids=batch["input_ids"][:, :width])
-    ids, mask = cut["input_ids"], target_mask(cut)
+    ids = batch["input_ids"][:, :width]
+    if ids.shape[1] < 2:  # rows of one token: room for the one that it predicts
+        ids = nn.functional.pad(ids, (0, 2 - ids.shape[1]))
+    mask = target_mask(batch.replace(input_ids=ids))
     if not batch.size:  # an empty share of an update: models do not take batches of no rows
         return Prediction(torch.zeros(0, view.vocab, device=ids.device), _itself, ids[:, 0], view.vocab)
     targets = ids[:, 1:][mask]
@@ -237,8 +300,8 @@ def _predict(view: CausalLM, batch: Batch) -> Prediction:
         rows = packing.Packing((batch["length"] - 1).clamp(min=1) + view.width)
         positions = rows.place if offset is None else rows.place + offset[rows.row]
         wanted = nn.functional.pad(mask, (view.width, 0))[rows.row, rows.place].nonzero()[:, 0]
-        hidden = view.packed(ids, rows, positions)
-        return Prediction(hidden[wanted], view.head, targets, view.vocab, at=lambda states: states[0][wanted])
+        hidden = view.packed(ids, rows, positions, wanted)
+        return Prediction(hidden, view.head, targets, view.vocab, at=lambda states: states[0][wanted])
     shifted = None
     if offset is not None:
         shifted = torch.arange(width - 1 + view.width, device=ids.device) + offset[:, None]

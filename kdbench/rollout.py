@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -187,9 +188,11 @@ class _Sampler:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`sample` by captured steps on a GPU."""
         settings = self.alpha, self.temperature, self.top_k, self.top_p
+        bare = copy(self)
+        bare.views = []  # what is captured is kept, and must not keep the models
         with detail("decode"):
             found = captured.sample(
-                self.views, ids, lengths, shares, room, self.eos, lambda x, u: self._draw(x, u, []), settings
+                self.views, ids, lengths, shares, room, self.eos, lambda x, u: bare._draw(x, u, []), settings
             )
         if int(found[0].max()) >= self.views[0].vocab:
             raise Diverged("sampling: the distribution of a response token is not finite")

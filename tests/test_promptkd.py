@@ -315,14 +315,14 @@ def test_bare_teacher_has_no_dropout_in_the_regularisation() -> None:
     distiller = made(teacher_dropout=True)
     modes: list[tuple[bool, bool]] = []
     inner: Any = distiller.teacher
-    trunk = inner.transformer.forward
+    rows = ragged_rows()
+    text = int((rows["length"] - 1).sum())
 
-    def seen(*args: Any, **kwargs: Any) -> Any:
-        modes.append((inner.training, kwargs.get("inputs_embeds") is not None))
-        return trunk(*args, **kwargs)
+    def seen(module: Any, inputs: Any) -> None:
+        modes.append((inner.training, inputs[0].shape[1] > text))
 
-    distiller.prompt_loss(ragged_rows(), Visit(distiller))  # type: ignore[arg-type]
-    inner.transformer.forward = seen
+    distiller.prompt_loss(rows, Visit(distiller))  # type: ignore[arg-type]
+    inner.transformer.h[0].register_forward_pre_hook(seen)
     distiller.prompt_loss(ragged_rows(), Visit(distiller))  # type: ignore[arg-type]
     assert modes == [(True, True), (False, False)]
 
@@ -368,6 +368,21 @@ def test_an_update_of_either_group_does_not_depend_on_its_cut(micro: int) -> Non
     assert distance(whole["student"], cut["student"]) < 1e-10  # after Adam's division in the prompt's update
     broken = gradients_of(micro, teacher_dropout=True), gradients_of(8, teacher_dropout=True)
     assert distance(broken[0]["prompt"], broken[1]["prompt"]) > 1e-3, "the law that it says it breaks"
+
+
+@pytest.mark.parametrize(("micro", "passes"), [(8, 1), (4, 4)])
+def test_both_updates_share_one_pass_of_the_student(micro: int, passes: int) -> None:
+    """But not where they are cut: then each piece is run in both. Sampling reads the prompts besides."""
+    run, seen = trainer(micro), 0
+
+    def count(module: Any, inputs: Any) -> None:
+        nonlocal seen
+        seen += inputs[0].shape[1] > 6  # more tokens than three prompts have
+
+    run.one_visit()  # may try the models
+    run.distiller.student.transformer.h[0].register_forward_pre_hook(count)  # type: ignore[union-attr]
+    run.one_visit()
+    assert seen == passes
 
 
 def test_both_groups_move_and_the_teacher_does_not() -> None:

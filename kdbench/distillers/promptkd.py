@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from kdbench.distiller import Batch, Distiller, Group, Step, token_mean
 from kdbench.distillers._divergence import DivergenceConfig
 from kdbench.losses import forward_kl, reverse_kl
-from kdbench.predict import Prediction, predict
+from kdbench.predict import Prediction, predict, shared
 from kdbench.prompts import PromptedModel, SoftPrompt
 from kdbench.rollout import evaluating, rollout
 
@@ -104,8 +104,9 @@ class PromptKD(Distiller):
     def train_step(self, batch: Batch, step: Step) -> None:
         """Sample responses from the student, then update the prompt, then the student."""
         batch = rollout(self.student, batch, step, self.cfg.max_new_tokens)
-        step.update("prompt", self.prompt_loss, batch)
-        step.update("student", self.student_loss, batch)  # already sees the new prompt
+        with shared(self.student):  # whose weights both updates see
+            step.update("prompt", self.prompt_loss, batch)
+            step.update("student", self.student_loss, batch)  # already sees the new prompt
 
     def prompt_loss(self, batch: Batch, step: Step) -> Tensor:
         """Return L_P; its gradient is the prompt's."""
