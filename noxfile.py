@@ -2,8 +2,8 @@
 
 `nox` runs tests, lint, types, gate and certify with the exact versions of constraints.txt. These sessions
 share one environment, `.nox/shared`, for torch takes minutes and gigabytes to install. By hand:
-`nox -s slow`, `nox -s gpu`, and `nox -s minimums`, the tests with the lowest versions that pyproject.toml
-allows.
+`nox -s slow`, `nox -s gpu`, `nox -s bench`, the speed benchmark, and `nox -s minimums`, the tests with the
+lowest versions that pyproject.toml allows; the last two have environments of their own.
 """
 
 import hashlib
@@ -81,8 +81,21 @@ def slow(session: nox.Session) -> None:
 
 @nox.session(python=False)
 def gpu(session: nox.Session) -> None:
-    """The tests that need a CUDA device."""
-    _run(session, "pytest", "-m", "gpu", *session.posargs)
+    """The tests that need a CUDA device, then the benchmark of the GPU; its options follow `--`."""
+    _run(session, "pytest", "-m", "gpu")
+    _run(session, "python", "benchmarks/gpu.py", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """The speed benchmark against a plain loop and TRL; its options follow `--`, in place of the published
+    folder.
+    """
+    session.install("-c", "constraints.txt", "-e", ".[dev,bench]")
+    session.run("pytest", "tests/test_bench.py", env=ENV)
+    env = {name: value for name, value in ENV.items() if name != "OMP_NUM_THREADS"}
+    options = session.posargs or ["--out", "leaderboards/speed/v1"]
+    session.run("python", "benchmarks/step.py", *options, env=env)
 
 
 @nox.session

@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-VERSION = 1  # of the stored statistics; a higher one makes them be computed again
+VERSION = 2  # of the stored statistics; a higher one makes them be computed again
 _SEED = 1
 RESAMPLES = 10_000
 LEVEL = 0.95
@@ -690,6 +690,8 @@ def statistics(board: BoardInfo, entries: Sequence[Entry], size: str | None = No
     On a board that spreads axes, which `spread` then names, `runs` has one such table for each combination of
     their values, for example `dataset=sst2`; `over` of a cell lists the combinations behind it, and `axes` of
     a failed run are its values.
+
+    `costs`: by the row's name with axis values, what `kdbench.cost_report` reads; see `_costs`.
     """
     import numpy as np
 
@@ -763,11 +765,88 @@ def statistics(board: BoardInfo, entries: Sequence[Entry], size: str | None = No
         "resamples": RESAMPLES,
         "question_sha256": _question(board, size),
         **({"spread": spread} if spread else {}),
+        "costs": _costs(lines, cells, rows, board.columns),
         "columns": [_column(column) for column in board.columns],
         "rows": _ordered(rows, board),
         "records": {entry.record.run_id: {"sha256": entry.sha256, "local": entry.local} for entry in used},
         "warnings": warnings,
     }
+
+
+def _drawn_seconds(cell: _Cell, seconds: Mapping[int, float], mean: float) -> "Array | None":
+    """[R]: the mean seconds over the training seeds that are drawn, varied by the same factor as their
+    geometric mean: the weights of seeds may be negative, seconds may not. None for under three seeds.
+    """
+    import numpy as np
+
+    if min(seconds.values()) <= 0:
+        return None
+    logs = {seed: math.log(value) for seed, value in seconds.items()}
+    drawn = _mean_samples(_Cell(cell.parts, logs, {}, {}, {}))
+    factor: Array | None = None if drawn is None else np.exp(drawn - np.mean(list(logs.values())))
+    return None if factor is None else mean * factor
+
+
+def _costs(
+    lines: Sequence[_Line],
+    cells: Sequence[Mapping[str, _Cell]],
+    rows: Sequence[Mapping[str, Any]],
+    columns: Sequence[ColumnInfo],
+) -> dict[str, dict[str, Any]]:
+    """What the runs behind each trained row's cell of the ranking column cost, by the row's full name.
+
+    `seconds` (value, interval, seeds), `peak_bytes`, `tokens_sampled`: means over these runs; `curve` as of
+    `kdbench.cost.mean_curve`, `environments`: [device, threads, runs at a time] of each kind, and what
+    `kdbench.cost.compare` tells; `front` is None where the row cannot be compared, and `left_out` says why.
+    """
+    import numpy as np
+
+    from kdbench import cost
+
+    rank = next((column for column in columns if column.rank), None)
+    costs: dict[str, dict[str, Any]] = {}
+    groups: dict[str, list[tuple[str, _Cell, cost.Point]]] = {}
+    for line, mine, row in zip(lines, cells, rows, strict=True):
+        cell = mine.get(rank.key) if rank is not None else None
+        if rank is None or cell is None or row["reference"]:
+            continue
+        runs = {seed: [line.done[part][seed].record for part in cell.parts] for seed in sorted(cell.values)}
+        records = [record for some in runs.values() for record in some]
+        seconds = {seed: float(np.mean([r.training_seconds for r in some])) for seed, some in runs.items()}
+        mean = float(np.mean(list(seconds.values())))
+        drawn = _drawn_seconds(cell, seconds, mean)
+        peaks = [record.training_peak_bytes for record in records]
+        known = [peak for peak in peaks if peak is not None]
+        kinds = [[r.environment.get(key) for key in ("device", "threads", "jobs")] for r in records]
+        name = _name(line.name, line.axes, line.local)
+        costs[name] = {
+            "seconds": {
+                "value": mean,
+                "interval": None if drawn is None else _interval(drawn),
+                "seeds": {str(seed): value for seed, value in seconds.items()},
+            },
+            "peak_bytes": float(np.mean(known)) if known and len(known) == len(peaks) else None,
+            "tokens_sampled": float(np.mean([r.budget.get("tokens_sampled", 0.0) for r in records])),
+            "curve": cost.mean_curve(records),
+            "environments": [kind for at, kind in enumerate(kinds) if kind not in kinds[:at]],
+            "front": None,
+            "front_share": None,
+            "against": {},
+            "left_out": "",
+        }
+        sign = 1 if rank.direction == "higher" else -1
+        quality = _mean_samples(cell)
+        quality = sign * quality if quality is not None and np.isfinite(quality).all() else None
+        point = cost.Point(sign * float(np.mean(list(cell.values.values()))), mean, quality, drawn)
+        groups.setdefault(json.dumps(line.axes, sort_keys=True), []).append((name, cell, point))
+    for group in groups.values():
+        best = max(group, key=lambda one: (one[2].quality_samples is not None, one[2].quality))[1]
+        for name, cell, _ in group:
+            costs[name]["left_out"] = _other(cell, best)
+        fit = {name: point for name, _, point in group if not costs[name]["left_out"]}
+        for name, told in cost.compare(fit).items():
+            costs[name] |= told
+    return costs
 
 
 def _column(column: ColumnInfo) -> dict[str, Any]:
@@ -818,7 +897,7 @@ def render(statistics: Statistics, format: str = "table") -> str:
     if format == "csv":
         return _csv(statistics)
     if format == "json":
-        hidden = ("files", "question_sha256")
+        hidden = ("files", "question_sha256", "costs")
         kept = {key: value for key, value in statistics.items() if key not in hidden}
         return json.dumps(kept, indent=1, ensure_ascii=False) + "\n"
     raise unknown("format", format, FORMATS)

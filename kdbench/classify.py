@@ -13,14 +13,31 @@ model whose logits are not its head on its last states is run whole. Masks come 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from kdbench.clock import detail, role_of
 from kdbench.distiller import Batch
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _timed(run: Callable[Concatenate[nn.Module, P], T]) -> Callable[Concatenate[nn.Module, P], T]:
+    """Let a detailed clock charge a model's run to its role."""
+
+    @functools.wraps(run)
+    def timed(model: nn.Module, /, *args: P.args, **named: P.kwargs) -> T:
+        with detail(role_of(model)):
+            return run(model, *args, **named)
+
+    return timed
 
 
 @dataclass(frozen=True)
@@ -36,6 +53,7 @@ class Classified:
     whole: Tensor | None
 
 
+@_timed
 def class_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Return the logits of the N classes, [B, N], in float32 at least."""
     if "mask_index" in batch:
@@ -46,6 +64,7 @@ def class_logits(model: nn.Module, batch: Batch) -> Tensor:
     return _precise(any_model(**_inputs(model, batch)).logits)
 
 
+@_timed
 def mask_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Return the logits of the whole vocabulary at each row's mask, [B, V], in float32 at least."""
     any_model: Any = model
@@ -58,6 +77,7 @@ def mask_logits(model: nn.Module, batch: Batch) -> Tensor:
     return _precise(head(_at(last, batch["mask_index"])))
 
 
+@_timed
 def chosen_logits(model: nn.Module, batch: Batch, chosen: Tensor) -> Tensor:
     """Return the vocabulary's logits at the `chosen` [B, T] positions, [n, V], in float32 at least.
 
@@ -70,6 +90,7 @@ def chosen_logits(model: nn.Module, batch: Batch, chosen: Tensor) -> Tensor:
     return _precise(head(any_model.base_model(**_inputs(model, batch)).last_hidden_state[chosen]))
 
 
+@_timed
 def classified(model: nn.Module, batch: Batch) -> Classified:
     """Return class logits and the states of every layer at the mask (or first token), from one forward."""
     any_model: Any = model
@@ -89,6 +110,7 @@ def classified(model: nn.Module, batch: Batch) -> Classified:
     return Classified(_verbalized(whole, batch), states, whole)
 
 
+@_timed
 def all_states(model: nn.Module, batch: Batch) -> list[Tensor]:
     """Return the states of the embedding output and of every layer at every position, L + 1 of [B, T, H]."""
     any_model: Any = model

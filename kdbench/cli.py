@@ -231,19 +231,132 @@ def _forecast(lines: Sequence["Forecast"]) -> str:
     return "\n".join([*_aligned(table), "", f"Left to do: {len(left)}. {disk} Time: {said}."])
 
 
+@app.command()
+def profile(
+    board: BoardName = DEFAULT_BOARD,
+    method: Annotated[
+        list[str],
+        typer.Option(
+            "--method",
+            metavar="METHOD|FILE.py",
+            help="A row, method or file; repeatable; default: all rows that train.",
+        ),
+    ] = [],  # noqa: B006
+    size: Annotated[str | None, typer.Option(help="One of the board's sizes.")] = None,
+    random_weights: Annotated[
+        bool,
+        typer.Option("--random-weights", help="Fresh models and random rows: no data, no trained models."),
+    ] = False,
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --random-weights: of each row; default: the task's longest."),
+    ] = None,
+    response_tokens: Annotated[
+        int | None, typer.Option(min=1, help="With --random-weights: of each row, and sampled at most.")
+    ] = None,
+    vocabulary: Annotated[
+        int | None,
+        typer.Option(min=64, help="With --random-weights: of fresh models whose tokenizer is not here."),
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="How many are timed.")] = 5,
+    axis: Axes = [],  # noqa: B006
+    overrides: Overrides = [],  # noqa: B006
+    device: Device = "auto",
+    format: Annotated[str, typer.Option(help="table or json.")] = "table",
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it there, not to stdout.")] = None,
+    data_root: DataRoot = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured.")] = False,
+) -> None:
+    """Measure training steps at the board's sizes: seconds by phase, tokens, memory, hardware limit.
+
+    Beside them stands what the paper says that its methods cost, relative to one of them.
+    """
+    from kdbench import commands
+    from kdbench import jobs as work
+    from kdbench.profile_report import FORMATS, render
+
+    if format not in FORMATS:
+        raise unknown("format", format, FORMATS)
+    lengths = {"--prompt-tokens": prompt_tokens, "--response-tokens": response_tokens}
+    for name, given in {**lengths, "--vocabulary": vocabulary}.items():
+        if given is not None and not random_weights:
+            raise UserError(f"{name} {given}: is for random rows and models; add --random-weights")
+    if out is not None and not out.resolve().parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}")
+    question = config.load_board(board)
+    chosen = _size(question, size)
+    rows = list(dict.fromkeys(method)) or [row.name for row in question.rows if not row.reference]
+    axes = commands.narrowed(question.axis_values(chosen), lambda one: one, axis, question.id)[0]
+    for name in rows:  # most mistakes are found here, before torch is imported
+        config.resolve(question, chosen, name, question.seeds[0], overrides, axes=axes, among=rows)
+    places = _places(runs_dir(), data_root)
+    commands.quiet(question.sizes[chosen].threads)
+    if not dry_run:
+        work.start(live=False)
+    used = commands.device_of(device)
+    from kdbench import profile as measuring
+
+    commands.silence()
+    runs = commands.to_profile(question, chosen, rows, overrides, used, axes)
+    wanted = measuring.Wanted(steps, random_weights, prompt_tokens, response_tokens, vocabulary)
+    told = measuring.forecast(runs, places(), wanted)  # what cannot be had is refused before anything is done
+    if dry_run:
+        print(told)
+        return
+    machine, found = measuring.measure_all(runs, places(), wanted, _say)
+    where = f"{question.id} ({commands.said(axes)})" if axes else question.id
+    text = render(where, chosen, machine, found, format)
+    if out is None:
+        print(text, end="")
+    else:
+        out.write_text(text, encoding="utf-8")
+        _say(f"written: {out}")
+    raise typer.Exit(1 if any(one.error for one in found) else 0)
+
+
 # ------------------------------------------------------------------------------------------------------- read
 @app.command()
 def report(
     board: Annotated[str, typer.Argument(metavar="[BOARD]")] = DEFAULT_BOARD,
     size: Annotated[str | None, typer.Option(help="One of the board's sizes.")] = None,
     format: Annotated[str, typer.Option(help="table, markdown, csv or json.")] = "table",
+    cost: Annotated[bool, typer.Option("--cost", help="Quality against training time.")] = False,
+    baseline: Annotated[
+        str | None,
+        typer.Option(metavar="ROW", help="With --cost; default: the board's, or the cheapest trained row."),
+    ] = None,
+    target: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X", help="With --cost: time to reach the baseline's score plus this; default 0."
+        ),
+    ] = None,
+    figure: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --cost: draw it too, as .png, .svg or .pdf.")
+    ] = None,
     runs: RunsDir = runs_dir(),  # noqa: B008
 ) -> None:
     """Print a board's table: published rows and your own."""
     if format not in boards.FORMATS:
         raise unknown("format", format, boards.FORMATS)
+    for name, given in (("--baseline", baseline), ("--target", target), ("--figure", figure)):
+        if given is not None and not cost:
+            raise UserError(f"{name} {given}: says something of costs; add --cost")
+    if target is not None and not 0 <= target < float("inf"):
+        raise UserError(f"--target {target:g}: expected a number from 0 on, what is gained over the baseline")
     question = config.load_board(board)
-    print(boards.render(boards.report(question, runs, _size(question, size)), format), end="")
+    found = boards.report(question, runs, _size(question, size))
+    if not cost:
+        print(boards.render(found, format), end="")
+        return
+    from kdbench import cost_figure, cost_report
+
+    if figure is not None:
+        cost_figure.check(figure)
+    view = cost_report.against(found, baseline, target or 0.0, question.baseline)
+    if figure is not None:
+        cost_figure.draw(view, figure)
+    print(cost_report.render(view, format), end="")
 
 
 @app.command()

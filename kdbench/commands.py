@@ -34,6 +34,7 @@ T = TypeVar("T")
 TRACKERS = ("tensorboard", "wandb")
 MANY = 50  # runs that take a while to plan
 TRACKER = "KDBENCH_TRACKER"  # the variable that a run reads it from
+JOBS = "KDBENCH_JOBS"  # the variable that a run reads from how many were made at a time
 
 
 # ------------------------------------------------------------------------------------------------ what to run
@@ -195,6 +196,30 @@ def _run(
         settings_class=method,
         task_settings_class=tasks[at],
     )
+
+
+def to_profile(
+    board: Board,
+    size: str,
+    methods: Sequence[str],
+    overrides: Sequence[str],
+    device: str,
+    axes: dict[str, Any],
+) -> list[RunConfig]:
+    """The runs of these rows, methods or files whose steps are measured: of the first seed, with the roles
+    that each method asks for.
+
+    Raises: UserError for the first that cannot be made.
+    """
+    from kdbench.stages import needed_roles
+
+    runs, tasks = [], dict[str, type[Any]]()
+    for name in methods:
+        run = _run(board, size, name, board.seeds[0], overrides, axes, methods, device, tasks)
+        if not run.training.optimizer_steps:
+            raise UserError(f"{name}: takes no step on {board.id}, there is nothing to measure")
+        runs.append(config.keep_roles(run, needed_roles(registry.load_distiller(run.method))))
+    return runs
 
 
 def label_of(run: RunConfig) -> str:

@@ -93,6 +93,14 @@ class TrainingConfig:
     min_lr_ratio: float = 0.0  # the lr at the end of the schedule, as a share of `lr`
     grad_clip: float | None = 1.0  # largest gradient norm of a group; None: off
     precision: Literal["fp32", "bf16"] = "fp32"
+    # of the models that are not trained: bf16 holds and runs them in bfloat16; None: as `precision` says
+    teacher_precision: Literal["fp32", "bf16"] | None = None
+    # torch's float32 matrix products in training; "high" and "medium" may round their inputs (to TF32, bf16)
+    matmul: Literal["highest", "high", "medium"] = "highest"
+    # halve micro_batch or rollout_batch where memory runs out, and go on; the run's fit.json keeps the sizes
+    fit: bool = False
+    # keep each layer's input alone for the backward pass, and compute the rest again: less memory, more time
+    checkpoint_activations: bool = False
     # the two that break the law that an update does not depend on how its batch was cut
     student_dropout: bool = False  # the model's own dropout while the student trains
     mean: Literal["update", "micro_batch"] = "update"  # over what losses are averaged
@@ -114,6 +122,11 @@ class TrainingConfig:
         _within(0, 1, min_lr_ratio=self.min_lr_ratio)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas = {list(self.betas)} must lie in [0, 1)")
+        if self.teacher_precision == "fp32" and self.precision == "bf16":
+            raise ValueError("teacher_precision = 'fp32' cannot stand beside precision = 'bf16'")
+        if self.fit and (self.student_dropout or self.mean == "micro_batch"):
+            why = "student_dropout = true" if self.student_dropout else "mean = 'micro_batch'"
+            raise ValueError(f"fit = true may cut batches anew, and with {why} results depend on the cut")
 
 
 @dataclass(frozen=True)
@@ -403,6 +416,7 @@ class Board:
     roles: dict[str, Role] = field(default_factory=dict)
     select: Select = field(default_factory=Select)
     tuning: Tuning | None = None
+    baseline: str = ""  # the row that quality and cost of the others are told against
     superseded_by: str | None = None
     folder: Path | None = field(default=None, metadata={"toml": False})
     tuned: dict[str, Tuned] = field(default_factory=dict, metadata={"toml": False})
@@ -522,6 +536,8 @@ def _check_board(board: Board, where: str) -> None:
     if board.tuning is not None and board.tuning.size not in board.sizes:
         raise unknown("size", board.tuning.size, board.sizes, f"{where}: tuning.size")
     trained = [row.name for row in board.rows if not row.reference]
+    if board.baseline and board.baseline not in trained:
+        raise unknown("trained row", board.baseline, trained, f"{where}: baseline")
     for row_name, tuned in board.tuned.items():
         if row_name not in trained:
             raise unknown("trained row", row_name, trained, "tuning.json")

@@ -11,6 +11,10 @@ class UserError(Exception):
         super().__init__(" ".join(message.split()))
 
 
+class OutOfMemory(Exception):
+    """More than the memory there is; the message says what to lower. Ends a run with status `failed`."""
+
+
 class Diverged(Exception):
     """A loss, a gradient or a distribution that is not finite; ends a run with status `diverged`."""
 

@@ -5,10 +5,13 @@ It knows distillers, batches and counts, and no method or task by name.
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -18,17 +21,35 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kdbench.checkpoint import Checkpoints
-from kdbench.clock import Clock, phase, running
+from kdbench.clock import Clock, detail, name_roles, phase, running
 from kdbench.config import TrainingConfig
 from kdbench.distiller import Batch, Distiller, Group, Parts, Store, Totals
-from kdbench.errors import Diverged, UserError
-from kdbench.processes import Processes
+from kdbench.errors import Diverged, OutOfMemory, UserError
+from kdbench.memory import (
+    Fit,
+    Size,
+    cast,
+    check_alone,
+    checkpoint_activations,
+    free,
+    out_of_memory,
+    telling,
+)
+from kdbench.processes import Processes, matmul_precision
 from kdbench.streams import generator, stream_seed, uniform
 
 T = TypeVar("T")
 
 IDLE_VISITS = (
     1000  # visits in a row without a student update after which a method is told that it never updates
+)
+_NO_ROOM = (
+    "out of memory in an optimizer step: AdamW keeps two more numbers per parameter, which no smaller "
+    "micro-batch changes; train a smaller student"
+)
+_NO_ROOM_TO_MEASURE = (
+    "out of memory in an evaluation or snapshot during training: "
+    "lower evaluation.batch_size or evidence.batch_size"
 )
 
 
@@ -103,6 +124,25 @@ def _by_length(part: Batch) -> Tensor:
     return part["length"].argsort(stable=True) if "length" in part else torch.arange(part.size)
 
 
+def adamw(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.AdamW:
+    """AdamW as one fused kernel per step, or as torch has it for a device that has no such kernel."""
+    kinds = {(param.device, param.dtype) for group in groups for param in group["params"]}
+    fused = all(_can_fuse(*kind) for kind in kinds)
+    return torch.optim.AdamW(groups, fused=fused or None, **settings)
+
+
+@functools.cache
+def _can_fuse(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there is a fused kernel, which torch tells at the first step."""
+    param = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
+    param.grad = torch.zeros_like(param)
+    try:
+        torch.optim.AdamW([param], fused=True).step()
+    except RuntimeError:
+        return False
+    return True
+
+
 @dataclass
 class _Optimizer:
     """One group's parameters, how they move, and how often they did."""
@@ -151,9 +191,10 @@ class Trainer:
     ) -> None:
         """Move the distiller to its device and set its modes.
 
-        Args: `folder` receives `steps.jsonl` and `checkpoint/`; None writes nothing. `identity` marks
-        the checkpoints.
-        Raises: ValueError when a trainable parameter is in no group or in two.
+        Args: `folder` receives `steps.jsonl`, `checkpoint/` and, with `training.fit`, `fit.json`; None writes
+        nothing. `identity` marks the checkpoints.
+        Raises: ValueError when a trainable parameter is in no group or in two; UserError for settings that do
+        not go together.
         """
         self.distiller, self.source, self.training, self.seed = distiller, source, training, seed
         self.processes = processes or Processes(precision=training.precision, solo=True)
@@ -169,21 +210,27 @@ class Trainer:
         self.counters: dict[str, float] = {"prompts": 0.0, "tokens_seen": 0.0, "tokens_sampled": 0.0}
         self.best: dict[str, Any] = {}
         self.best_parameters: dict[str, Tensor] = {}
+        self.curve: list[dict[str, float]] = []  # dev scores during training, as `record.DevScore`
         self._orders: dict[str, Order] = {}
         self._drawn: dict[str, int] = {}
         self._pools: dict[str, tuple[int, list[list[int]]]] = {}
         self._terms: dict[str, Tensor | float] = {}
         self._counted: dict[str, float] = {}
         self._group: str | None = None
+        self._trainable: str | None = None  # the only group whose parameters take gradients; None: all do
         self._log_bytes = 0
         self._preparing = False
+        self._fit_written = False
         distiller.to(self.processes.device)
+        name_roles(dict(distiller.named_children()))
         self._set_modes()
         self.optimizers = {name: self._optimizer(group) for name, group in distiller.groups().items()}
         self._check_groups()
+        self._need_less()
         self.checkpoints = None
         if folder is not None:
             self.checkpoints = Checkpoints(folder / "checkpoint", identity, self.processes)
+        self.fitted = self._known_fit() if training.fit else None
 
     def replace_rows(self, name: str, rows: Batch) -> None:
         """Train on these rows in place of those of "train" or of an extra set."""
@@ -244,63 +291,86 @@ class Trainer:
             raise _BudgetSpent
         optimizer = self.optimizers[group]
         with phase("update"):
-            for name, other in self.optimizers.items():
-                for param in other.params.values():
-                    param.requires_grad_(name == group)
-            value, totals = self._accumulate(group, loss, batch)
-            norm = self._reduce(optimizer)
+            self._train_only(group)
+            parts = {"": batch} if isinstance(batch, Batch) else dict(batch)
+            value, norm, totals = self._fitting(
+                "micro_batch",
+                f"in an update of '{group}'",
+                lambda: self._gradient(group, loss, parts),
+                max(part.size for part in parts.values()),
+            )
             if not (math.isfinite(value) and math.isfinite(norm)):
                 raise Diverged(f"update {self.index} of '{group}': loss {value}, gradient norm {norm}")
-            self._terms[f"{group}/loss"], self._terms[f"{group}/grad_norm"] = value, norm
             if self.recorder and self.recorder.gradient:
                 gradients = {
                     n: p.grad.detach().clone() for n, p in optimizer.params.items() if p.grad is not None
                 }
                 self.recorder.gradient(group, gradients)
-            self._descend(optimizer, norm)
+            with detail("optimizer"), telling(_NO_ROOM):
+                self._descend(optimizer, norm)
         if group == "student":
             self._student_updated(totals)
 
     # ---- one update
-    def _accumulate(
-        self, group: str, loss: Callable[[Any, Any], Tensor], batch: Batch | Parts
-    ) -> tuple[float, list[Totals]]:
-        """Sum the gradients of micro-batches; return the loss over all processes and the parts' counts."""
-        parts = {"": batch} if isinstance(batch, Batch) else dict(batch)
+    def _gradient(
+        self, group: str, loss: Callable[[Any, Any], Tensor], parts: Parts
+    ) -> tuple[float, float, list[Totals]]:
+        """Put the group's gradient in place and return the loss, the gradient's norm, and the parts' counts.
+
+        A single batch is the part "". All numbers are of all processes; they come from the device together,
+        so that it is waited for once.
+        """
         totals = {name: self._whole(part) for name, part in parts.items()}
+        before = {k: v for k, v in self._terms.items() if not k.startswith(group + "/")}
+        self._terms, self._group = {}, group
+        try:
+            value = self._accumulate(loss, parts, totals)
+        finally:
+            self._group = None
+        with detail("optimizer"):
+            norm = self._reduce(self.optimizers[group])
+            loss_name, norm_name = f"{group}/loss", f"{group}/grad_norm"
+            mine = self._numbers({**self._terms, loss_name: value, norm_name: norm})
+        now: dict[str, float] = {}
+        norm_value = mine.pop(norm_name)  # which is of all processes already
+        for terms in self._from_all(mine):
+            for name, amount in terms.items():
+                now[name] = now.get(name, 0.0) + amount
+        self._terms = {**before, **now, norm_name: norm_value}
+        return now[loss_name], norm_value, list(totals.values())
+
+    def _accumulate(
+        self, loss: Callable[[Any, Any], Tensor], parts: Parts, totals: Mapping[str, Totals]
+    ) -> Tensor:
+        """Sum the gradients of micro-batches; return this process's part of the loss."""
         size = max(part.size for part in parts.values())
         pieces = math.ceil(size / self.micro_batch)
         if self.distiller.couples_examples:  # the main process alone sees all the rows at once
             parts = {name: self._gathered(part) for name, part in parts.items()}
             pieces = int(self.processes.is_main)
-        orders: dict[int, Tensor] = {}  # rows of parts with as many rows may belong together: cut them alike
-        for part in parts.values():
-            sort = "micro_batch" not in self.breaks()  # where the cut moves a number, it is the drawn one
-            orders.setdefault(part.size, _by_length(part) if sort else torch.arange(part.size))
-        cuts = {name: orders[part.size].tensor_split(max(pieces, 1)) for name, part in parts.items()}
+        cuts = self._cuts(parts, pieces) if pieces > 1 else {}
         value = torch.zeros((), dtype=torch.float64, device=self.processes.device)
-        before: dict[str, Tensor | float] = {
-            k: v for k, v in self._terms.items() if not k.startswith(group + "/")
-        }
-        self._terms = {}
-        self._group = group
-        try:
-            for piece in range(pieces):
-                micro = {n: self._micro(part, cuts[n][piece], totals[n], pieces) for n, part in parts.items()}
-                if not any(part.size for part in micro.values()):
-                    continue
-                term = loss(micro[""] if isinstance(batch, Batch) else micro, self)
-                if term.requires_grad:
-                    with torch.autocast(self.processes.device.type, enabled=False):
-                        term.backward()
-                value += term.detach().double()
-        finally:
-            self._group = None
-        for terms in self._from_all({name: float(term) for name, term in self._terms.items()}):
-            for name, amount in terms.items():
-                before[name] = before.get(name, 0.0) + amount
-        self._terms = before
-        return float(self.processes.all_sum(value)), list(totals.values())
+        for piece in range(pieces):
+            micro = {
+                name: self._micro(part if pieces == 1 else part.rows(cuts[name][piece]), totals[name], pieces)
+                for name, part in parts.items()
+            }
+            if not any(part.size for part in micro.values()):
+                continue
+            term = loss(micro.get("", micro), self)
+            if term.requires_grad:
+                with torch.autocast(self.processes.device.type, enabled=False), detail("backward"):
+                    term.backward()
+            value += term.detach()
+        return value
+
+    def _cuts(self, parts: Mapping[str, Batch], pieces: int) -> dict[str, Sequence[Tensor]]:
+        """The rows of each part's micro-batches."""
+        orders: dict[int, Tensor] = {}  # rows of parts with as many rows may belong together: cut them alike
+        sort = "micro_batch" not in self.breaks()  # where the cut moves a number, it is the drawn one
+        for part in parts.values():
+            orders.setdefault(part.size, _by_length(part) if sort else torch.arange(part.size))
+        return {name: orders[part.size].tensor_split(pieces) for name, part in parts.items()}
 
     def _from_all(self, mine: T) -> list[T]:
         """Return the object of every process, this one's alone where there is one."""
@@ -315,35 +385,46 @@ class Trainer:
         fields = self._from_all({name: value.cpu() for name, value in part.items()})
         return Batch.cat([Batch(mine) for mine in fields]).to(self.processes.device)
 
+    def _numbers(self, values: Mapping[str, Tensor | float]) -> dict[str, float]:
+        """Plain numbers, of which those on the device are fetched together."""
+        device = self.processes.device
+        there = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        if not there:
+            return {name: float(value) for name, value in values.items()}
+        column = [value.detach().reshape(()).to(device, torch.float64) for value in there.values()]
+        found = dict(zip(there, torch.stack(column).tolist(), strict=True))
+        return {name: found[name] if name in found else float(value) for name, value in values.items()}
+
     def _whole(self, part: Batch) -> Totals:
         counts = part.with_totals(None).counts()
+        if self.processes.world == 1:
+            return counts
         summed = self.processes.all_sum(torch.tensor([counts.tokens, counts.examples], dtype=torch.float64))
         return Totals(float(summed[0]), float(summed[1]))
 
-    def _micro(self, part: Batch, cut: Tensor, totals: Totals, pieces: int) -> Batch:
-        rows = part.rows(cut)
+    def _micro(self, rows: Batch, totals: Totals, pieces: int) -> Batch:
         if self.training.mean == "micro_batch" and not self.distiller.couples_examples:
             own, parts = rows.with_totals(None).counts(), pieces * self.processes.world
             totals = Totals(own.tokens * parts, own.examples * parts)
         return rows.with_totals(totals)
 
-    def _reduce(self, optimizer: _Optimizer) -> float:
+    def _reduce(self, optimizer: _Optimizer) -> Tensor:
         """Sum the group's gradients over processes and return their norm."""
         gradients = []
         for param in optimizer.params.values():
-            # one that this process did not use may be used by another, and decays however many there are
-            param.grad = torch.zeros_like(param) if param.grad is None else param.grad
+            if param.grad is None:
+                # one that this process did not use may be used by another, and decays however many there are
+                param.grad = torch.zeros_like(param)
             if self.processes.world > 1:
                 torch.distributed.all_reduce(param.grad)
             gradients.append(param.grad)
-        return float(torch.nn.utils.get_total_norm(gradients))
+        return torch.nn.utils.get_total_norm(gradients)
 
     def _descend(self, optimizer: _Optimizer, norm: float) -> None:
         clip = self.training.grad_clip
         if clip is not None and norm > clip:
-            for param in optimizer.params.values():
-                if param.grad is not None:
-                    param.grad.mul_(clip / norm)
+            gradients = [p.grad for p in optimizer.params.values() if p.grad is not None]
+            torch._foreach_mul_(gradients, clip / norm)
         for entry in optimizer.adam.param_groups:
             entry["lr"] = self._lr(optimizer.settings)
         optimizer.adam.step()
@@ -369,15 +450,18 @@ class Trainer:
         self.updates += 1
         self.counters["tokens_seen"] += sum(part.tokens for part in totals)
         self.counters["prompts"] += max(part.examples for part in totals)
-        line = {"step": self.updates, "lr": lr, **{name: float(value) for name, value in self._terms.items()}}
+        written = self.updates % self.training.log_every == 0 or self.updates == self.total
+        if self.recorder or written:
+            line = {"step": self.updates, "lr": lr, **self._numbers(self._terms)}
+            if self.recorder:
+                self.recorder.losses.append(line)
+            if written:
+                self._write(line)
         self._terms = {}
-        if self.recorder:
-            self.recorder.losses.append(line)
-        if self.updates % self.training.log_every == 0 or self.updates == self.total:
-            self._write(line)
         for milestone in self.milestones:
             if self.updates in milestone.at:
-                with torch.autocast(self.processes.device.type, enabled=False):
+                plain = torch.autocast(self.processes.device.type, enabled=False)
+                with plain, matmul_precision("highest"), telling(_NO_ROOM_TO_MEASURE):
                     milestone.action(self.updates)
         if self.updates >= self.total:
             raise _BudgetSpent
@@ -408,6 +492,15 @@ class Trainer:
 
     def one_visit(self) -> None:
         """Give the distiller its next batch."""
+        self._fitting("rollout_batch", "outside of updates, where responses are sampled", self._try_visit)
+        self._charge()
+        self.visit += 1
+        if self.fitted is not None and not self._fit_written:
+            self._write_fit()
+        if self.recorder and self.recorder.visit:
+            self.recorder.visit(self.visit)
+
+    def _try_visit(self) -> None:
         torch.manual_seed(stream_seed(self.seed, "torch", self.visit, self.processes.rank))
         self._set_modes()
         batch = self._draw("order", self.source)
@@ -415,16 +508,18 @@ class Trainer:
             u = uniform(stream_seed(self.seed, "offset"), batch["example_id"], self.visit, 0)
             batch = batch.replace(position_offset=(u * (self.training.position_offset + 1)).long())
         try:
-            with self.processes.autocast():
+            with self._numerics():
                 self.distiller.train_step(batch, self)
         except _BudgetSpent:
             pass
         finally:
-            self._set_trainable()
-        self._charge()
-        self.visit += 1
-        if self.recorder and self.recorder.visit:
-            self.recorder.visit(self.visit)
+            self._train_only(None)
+
+    @contextmanager
+    def _numerics(self) -> Iterator[None]:
+        """How forward and backward passes of training are computed; what is measured is not."""
+        with matmul_precision(self.training.matmul), self.processes.autocast():
+            yield
 
     def _charge(self) -> None:
         for counted in self._from_all(self._counted):
@@ -440,15 +535,21 @@ class Trainer:
         together = self.processes
         self.processes = Processes(str(together.device), together.precision, solo=True)
         self._preparing = True
-        torch.manual_seed(stream_seed(self.seed, "torch/prepare"))
         try:
-            with running(self.clock), phase("prepare"), self.processes.autocast():
-                made = self.distiller.prepare(data, self)
+            with running(self.clock), phase("prepare"):
+                made = self._fitting("rollout_batch", "in prepare", lambda: self._try_prepare(data))
             self._charge()
             return made
         finally:
             self._preparing, self.processes = False, together
-            self._set_trainable()
+
+    def _try_prepare(self, data: Any) -> Mapping[str, Batch] | None:
+        torch.manual_seed(stream_seed(self.seed, "torch/prepare"))
+        try:
+            with self._numerics():
+                return self.distiller.prepare(data, self)
+        finally:
+            self._train_only(None)
 
     def _draw(self, name: str, source: Source) -> Batch:
         order = self._orders.setdefault(name, Order(self.seed, name, len(source)))
@@ -472,21 +573,149 @@ class Trainer:
 
     def _set_modes(self) -> None:
         """Eval mode everywhere, which switches dropout off; the student alone may be told to keep its own."""
-        self.distiller.eval()
+        if any(module.training for module in self.distiller.modules()):
+            self.distiller.eval()
         if self.training.student_dropout:
             self.distiller.student.train()
 
-    def _set_trainable(self) -> None:
-        for optimizer in self.optimizers.values():
+    def _train_only(self, group: str | None) -> None:
+        """Let the parameters of this group alone take gradients; None: those of all groups."""
+        if group == self._trainable or len(self.optimizers) == 1:
+            return
+        for name, optimizer in self.optimizers.items():
             for param in optimizer.params.values():
-                param.requires_grad_(True)
+                param.requires_grad_(group in (None, name))
+        self._trainable = group
+
+    # ---- what fits into memory
+    def _need_less(self) -> None:
+        """Do what the settings say to need less memory: models that are not trained in bfloat16, checkpointed
+        activations.
+        """
+        if self.training.teacher_precision == "bf16":
+            kept = {id(p) for optimizer in self.optimizers.values() for p in optimizer.params.values()}
+            kept |= set(map(id, self.distiller.student.parameters()))  # which is what is scored
+            for model in self.distiller.children():
+                if not kept & set(map(id, model.parameters())):
+                    cast(model, torch.bfloat16)
+        if self.training.checkpoint_activations and not checkpoint_activations(self.distiller):
+            raise UserError("training.checkpoint_activations: no layer of the models can be checkpointed")
+
+    def _known_fit(self) -> Fit:
+        """The sizes to begin with: those found before, else those of the settings."""
+        check_alone(self.training.fit, self.processes.world)
+        if "micro_batch" in (broken := self.breaks()):
+            raise UserError(
+                f"training.fit: may cut batches anew, and results depend on the cut: {broken['micro_batch']}"
+            )
+        found = Fit.start(self.micro_batch, self.rollout_batch, self.processes.device)
+        if self._fit_path is not None:
+            found = found.known(self._fit_path)
+        self.micro_batch, self.rollout_batch = found.micro_batch, found.rollout_batch
+        return found
+
+    @property
+    def _fit_path(self) -> Path | None:
+        return None if self.folder is None else self.folder / "fit.json"
+
+    def _write_fit(self) -> None:
+        if self.fitted is not None and self._fit_path is not None:
+            self.fitted.save(self._fit_path)
+        self._fit_written = True
+
+    def _fitting(self, size: Size, where: str, action: Callable[[], T], rows: int | None = None) -> T:
+        """Do it; where memory runs out and `training.fit` is set, do it again with half the size, or half the
+        `rows` that there are where these are fewer.
+
+        What is done again is an update, from its first micro-batch, or a visit without an update so far, from
+        its start. In both, no weight and no optimizer state has moved yet; all else that may have (gradients,
+        terms, counters, rows drawn, stores, state, buffers, torch's random states) is put back. What came
+        before an update in its visit (samples, whose random numbers are keyed, and other updates) does not
+        depend on the size. So this equals a restart of the visit from its saved random state, with the size
+        there from the beginning.
+
+        Raises: OutOfMemory without `training.fit`, for a size of 1, and where an update of the visit has
+        been made before memory ran out outside of one; then the smaller size is kept for the next start.
+        """
+        while True:
+            put_back = None if self.fitted is None else self._remember()
+            made = self._made()
+            try:
+                return action()
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                now = getattr(self, size) if rows is None else min(getattr(self, size), max(rows, 1))
+                moved = self._made() > made
+                if self.fitted is None or now == 1 or moved or self._uncut(size):
+                    message = self._no_room(size, where, now)
+                    if self.fitted is not None and moved and now > 1:
+                        self._halve(size, where, now)
+                        message += f"; start the run again, it goes on with training.{size} = {now // 2}"
+                    raise OutOfMemory(message) from error
+            # here the error is gone, and with its traceback the tensors that filled the memory
+            free()
+            self._halve(size, where, now)
+            assert put_back is not None
+            put_back()
+
+    def _made(self) -> int:
+        """The updates of all groups."""
+        return sum(optimizer.updates for optimizer in self.optimizers.values())
+
+    def _uncut(self, size: Size) -> bool:
+        return size == "micro_batch" and self.distiller.couples_examples
+
+    def _no_room(self, size: Size, where: str, now: int) -> str:
+        if self._uncut(size):
+            return f"out of memory {where}: its examples are coupled, thus not cut; lower training.batch_size"
+        message = f"out of memory {where} with training.{size} = {now}"
+        if self.fitted is not None:
+            return message
+        return f"{message}: lower training.{size} or set training.fit=true"
+
+    def _halve(self, size: Size, where: str, now: int) -> None:
+        assert self.fitted is not None
+        setattr(self, size, now // 2)
+        setattr(self.fitted, size, now // 2)
+        visit = 0 if self._preparing else self.visit + 1
+        self.fitted.halved.append({"size": size, "was": now, "where": where, "visit": visit})
+        self._write_fit()
+
+    def _remember(self) -> Callable[[], None]:
+        """Remember what a visit may change beside weights and optimizer states; return what puts it back."""
+        counted, terms, drawn = dict(self._counted), dict(self._terms), dict(self._drawn)
+        state = copy.deepcopy(self.distiller.state)
+        stores = [(store, store.batches()) for store in self.stores().values()]
+        buffers = [(buffer, buffer.clone()) for buffer in self.distiller.buffers()]
+        device = self.processes.device
+        random = torch.get_rng_state()
+        random_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+        def put_back() -> None:
+            self._counted, self._terms, self._drawn = counted, terms, drawn
+            self.distiller.state = state
+            for store, batches in stores:
+                store.clear()
+                for batch in batches:
+                    store.add(batch)
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+            for optimizer in self.optimizers.values():
+                optimizer.adam.zero_grad(set_to_none=True)
+            torch.set_rng_state(random)
+            if random_gpu is not None:
+                torch.cuda.set_rng_state(random_gpu, device)
+
+        return put_back
 
     # ---- optimizers
     def _optimizer(self, group: Group) -> _Optimizer:
         params = dict(group.params)
         decay = self.training.weight_decay if group.weight_decay is None else group.weight_decay
         kept = [n for n in params if any(part in n for part in self.training.no_decay)]
-        adam = torch.optim.AdamW(
+        adam = adamw(
             [
                 {"params": [p for n, p in params.items() if n not in kept], "weight_decay": decay},
                 {"params": [params[n] for n in kept], "weight_decay": 0.0},
@@ -494,7 +723,6 @@ class Trainer:
             lr=self.training.lr,
             betas=group.betas or self.training.betas,
             eps=self.training.eps,
-            fused=True,
         )
         return _Optimizer(params, adam, group)
 
@@ -586,6 +814,7 @@ class Trainer:
             "counters": self.counters,
             "drawn": self._drawn,
             "best": self.best,
+            "curve": self.curve,
             "terms": {name: float(value) for name, value in self._terms.items()},
             "log_bytes": self._log_bytes,
             "distiller": self.distiller.state,
@@ -621,6 +850,7 @@ class Trainer:
         self.load_tensors(shared, own)
         self.updates, self.visit = state["updates"], state["visit"]
         self.counters, self._drawn, self.best = state["counters"], state["drawn"], state["best"]
+        self.curve = list(state.get("curve", []))  # older checkpoints have none
         self._terms, self.distiller.state = dict(state["terms"]), state["distiller"]
         for name, count in state["group_updates"].items():
             self.optimizers[name].updates = count

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdbench import registry
-from kdbench.commands import TRACKER, label_of, said, silence
+from kdbench.commands import JOBS, TRACKER, label_of, said, silence
 from kdbench.config import Stage, stage_training
 from kdbench.errors import UserError
 
@@ -156,6 +156,7 @@ class Workers:
     live: bool = False  # progress bars that move, for a terminal; else a line now and then
     _context: Any = field(init=False)
     _lock: Any = field(init=False)
+    _runs: int = field(init=False, default=1)  # at a time, at most
 
     def __post_init__(self) -> None:
         forking = "forkserver" in multiprocessing.get_all_start_methods()
@@ -187,6 +188,7 @@ class Workers:
         waiting = list(jobs)
         made = [job.gives for job in jobs if job.gives]
         missing = set(made)
+        self._runs = max(1, min(count, sum(job.role is None for job in jobs)))
         running: dict[Connection, tuple[Job, Any, int, float]] = {}
         failed: dict[str, Job] = {}
         try:
@@ -236,7 +238,7 @@ class Workers:
         places = job.plan.places
         fresh = type(places)(places.runs, places.cache, places.data_root, places.progress)
         told = (job.plan.run, fresh, job.label, job.role, job.count, os.environ.get(TRACKER, ""))
-        args = (sender, told, slot if self.live else None, self._lock)
+        args = (sender, (*told, str(self._runs)), slot if self.live else None, self._lock)
         process = self._context.Process(target=_child, args=args, name=job.label)
         process.start()
         sender.close()
@@ -267,7 +269,7 @@ def _child(sender: Connection, told: tuple[Any, ...], slot: int | None, lock: An
     """One job in a fresh process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process when it is told to stop
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    run, places, label, role, count, os.environ[TRACKER] = told
+    run, places, label, role, count, os.environ[TRACKER], os.environ[JOBS] = told
     silence()
     _bars(label, slot, lock)
     from kdbench.runner import Plan

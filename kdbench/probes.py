@@ -115,6 +115,8 @@ class ProbeBank(nn.Module):
         float32 at least.
         """
         x = states.transpose(0, 1)
+        if not torch.is_autocast_enabled(x.device.type):  # which casts by itself
+            x = x.to(self.norm_bias.dtype)  # a model in bfloat16 gives states in it
         if self.kind == "linear":
             x = torch.baddbmm(self.bias[:, None], self._normed(x), self.weight.transpose(1, 2))
         else:

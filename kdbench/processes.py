@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -61,3 +62,14 @@ class Processes:
             )
             return cast
         return nullcontext()
+
+
+@contextmanager
+def matmul_precision(wanted: str) -> Iterator[None]:
+    """Compute float32 matrix products as torch does at this precision, and put the process's setting back."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(wanted)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

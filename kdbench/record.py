@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 STATUSES = ("done", "diverged", "failed")
+# Phases that make what all methods share, measure, or save, and are no part of a method's training.
+NOT_TRAINING = ("stages", "evaluate", "snapshot", "dev", "checkpoint")
 
 
 class RecordError(UserError):
@@ -60,6 +62,22 @@ class Phase:
     peak_allocated_bytes: int | None = None
     peak_reserved_bytes: int | None = None
     peak_rss_bytes: int | None = None
+
+
+def training_seconds(seconds: Mapping[str, float]) -> float:
+    """The seconds of training among those of phases, by name."""
+    return sum(value for name, value in seconds.items() if name not in NOT_TRAINING)
+
+
+@dataclass(frozen=True)
+class DevScore:
+    """The dev score that weights are selected by, after `step` student updates and so much training time:
+    without that of evaluation, snapshots and checkpoints.
+    """
+
+    step: int
+    train_seconds: float
+    score: float
 
 
 @dataclass(frozen=True)
@@ -105,10 +123,12 @@ class RunRecord:
     seed          the training seed; axes: the value of each axis of the board ({} where it has none)
     config        the resolved config, as in config.json
     environment   'commit' (str), 'dirty' (bool), 'torch', 'transformers', 'python' (version strings),
-                  'device' ('cpu' or the GPU's name), 'threads' (int); nothing that names the host or a user
+                  'device' ('cpu' or the GPU's name), 'threads' (int), 'jobs' (int: how many runs were made
+                  at a time); nothing that names the host or a user
     budget        numbers: 'optimizer_steps' (of the student), 'prompts', 'tokens_seen', 'tokens_sampled',
                   'init_steps' (optimizer steps of the common student init), more where useful
     phases        'prepare', 'rollout', 'update', 'evaluate', ...; disjoint, so that they may be added
+    curve         the dev scores during training, where some were measured (`select.every` of the config)
     scores        '<analysis>/<score>' -> Score; analyses: '<analysis>' -> {'version': int, 'detail': ...}
     arrays_sha256 hash of scores.npz, None while there is none; kept by `RunFolder.add`
     """
@@ -126,6 +146,7 @@ class RunRecord:
     budget: dict[str, float]
     phases: dict[str, Phase]
     axes: dict[str, Any] = field(default_factory=dict)
+    curve: list[DevScore] = field(default_factory=list)
     scores: dict[str, Score] = field(default_factory=dict)
     analyses: dict[str, dict[str, Any]] = field(default_factory=dict)
     status: str = "done"
@@ -133,6 +154,25 @@ class RunRecord:
     notes: list[str] = field(default_factory=list)
     arrays_sha256: str | None = None
     schema: int = SCHEMA
+
+    @property
+    def training_phases(self) -> dict[str, Phase]:
+        """The phases that are part of the method's training."""
+        return {name: phase for name, phase in self.phases.items() if name not in NOT_TRAINING}
+
+    @property
+    def training_seconds(self) -> float:
+        """Seconds of training."""
+        return training_seconds({name: phase.seconds for name, phase in self.phases.items()})
+
+    @property
+    def training_peak_bytes(self) -> int | None:
+        """The most memory of the training phases: allocated on a GPU, or resident where there is none."""
+        phases = self.training_phases.values()
+        for found in ([p.peak_allocated_bytes or 0 for p in phases], [p.peak_rss_bytes or 0 for p in phases]):
+            if any(found):
+                return max(found)
+        return None
 
     def conditions(self, name: str) -> Mapping[str, Any]:
         """What the evidence behind a score was made under, as its analysis says; {} where it says nothing.
@@ -326,6 +366,14 @@ class _Reader:
         assert seconds is not None
         return Phase(seconds, *(self.size(key) for key in sizes))
 
+    def dev_score(self) -> DevScore:
+        names = list(DevScore.__dataclass_fields__)
+        self.only(names, names)
+        seconds, score = self.number("train_seconds"), self.number("score")
+        assert seconds is not None
+        assert score is not None
+        return DevScore(self.whole("step"), seconds, score)
+
     def score(self) -> Score:
         known = list(Score.__dataclass_fields__)
         self.only(known, ["value", "unit", "n"])
@@ -358,7 +406,7 @@ def validate(data: Any, where: str = "record") -> RunRecord:
     if schema != SCHEMA:
         raise top.fail("schema", f"is {schema}, this kdbench reads {SCHEMA}")
     known = list(RunRecord.__dataclass_fields__)
-    optional = {"axes", "scores", "analyses", "reason", "notes", "arrays_sha256"}
+    optional = {"axes", "curve", "scores", "analyses", "reason", "notes", "arrays_sha256"}
     top.only(known, [key for key in known if key not in optional])
     run_id, status, reason = top.text("run_id"), top.text("status"), top.text("reason", empty=True)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run_id):
@@ -373,6 +421,9 @@ def validate(data: Any, where: str = "record") -> RunRecord:
     notes = top.data.get("notes", [])
     if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
         raise top.fail("notes", "should be a list of texts")
+    curve = top.data.get("curve", [])
+    if not isinstance(curve, list):
+        raise top.fail("curve", f"should be a list, is {_kind(curve)}")
     analyses = {}
     for name, reader in top.each("analyses"):
         reader.whole("version")
@@ -391,6 +442,7 @@ def validate(data: Any, where: str = "record") -> RunRecord:
         budget={key: value for key, value in budget.items() if value is not None},
         phases={name: reader.phase() for name, reader in top.each("phases")},
         axes=top.table("axes"),
+        curve=[_Reader(point, where, f"curve/{at}").dev_score() for at, point in enumerate(curve)],
         scores={name: reader.score() for name, reader in top.each("scores")},
         analyses=analyses,
         status=status,

@@ -30,8 +30,9 @@ _ONE = {"distillers": "method", "tasks": "task", "analyses": "analysis"}
 # so that a new one is hashed until somebody says here that it need not be.
 NOT_HASHED = frozenset(
     ["__init__", "__main__", "board", "certify", "checks", "cli", "clock", "commands", "compare", "config",
-     "counterfactuals", "data", "errors", "estimators", "evidence", "gate", "interventions", "intervals",
-     "jobs", "paths", "per_prompt", "record", "registry", "strict"]
+     "cost", "cost_figure", "cost_report", "counterfactuals", "data", "errors", "estimators", "evidence",
+     "flops", "gate", "interventions", "intervals", "jobs", "paths", "per_prompt", "profile",
+     "profile_report", "record", "registry", "strict"]
 )  # fmt: skip
 # Modules that make and score a finished run, but train nothing: a trained stage does not depend on them.
 _AFTER_TRAINING = frozenset(["collect", "run_evidence", "runner"])

@@ -23,8 +23,9 @@ from kdbench import models, record, registry, stages
 from kdbench.clock import Clock, phase, running
 from kdbench.config import RunConfig, check_settings, keep_roles, library_versions, run_id
 from kdbench.distiller import Distiller
-from kdbench.errors import Diverged, UserError
+from kdbench.errors import Diverged, OutOfMemory, UserError
 from kdbench.harness import Milestone, Trainer
+from kdbench.memory import check_alone, telling
 from kdbench.paths import PACKAGE
 from kdbench.processes import Processes
 from kdbench.rollout import evaluating
@@ -122,6 +123,7 @@ class Plan:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         processes = Processes(self.run.device, self.run.training.precision)
+        check_alone(self.run.training.fit, processes.world)
         with FileLock(f"{self.folder}.lock") if processes.is_main else _nothing():
             found: record.RunRecord | None = processes.told_by_main(self.finished())
             if found is None:
@@ -188,6 +190,7 @@ class _Life:
         except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             reason = f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
+            reason = str(error) if isinstance(error, OutOfMemory) else reason
             (self.folder / "error.txt").write_text(traceback.format_exc())
             return "failed", " ".join(reason.split())
         return "done", ""
@@ -204,7 +207,7 @@ class _Life:
         distiller = stages.build(
             method, settings, roles.__getitem__, self.run.seed, registry.stem(self.run.method)
         )
-        teacher = roles.get("teacher")
+        teacher = self.measuring(roles.get("teacher"))
         if self.run.training.optimizer_steps:
             self.train(distiller, teacher)
         distiller.eval()
@@ -215,14 +218,26 @@ class _Life:
             model = distiller.predictor()
             bare = model if hasattr(model, "save_pretrained") else distiller.student
             models.save_student(bare, self.materials.tokenizer("student"), self.folder / "student")  # type: ignore[arg-type]
-            self.answer(model)
+            with telling("out of memory in the evaluation: lower evaluation.batch_size"):
+                self.answer(model)
             if self.run.evidence is not None and teacher is not None:
-                self.evidence.make(model, teacher)
+                with telling("out of memory while evidence is made: lower evidence.batch_size"):
+                    self.evidence.make(model, teacher)
 
     def models(self) -> dict[str, nn.Module]:
         """Load the roles' models, on all processes; the first to come trains what the cache lacks."""
         with running(self.clock), phase("stages", covers=True):
             return {role: self.materials.model(role) for role in self.run.roles}
+
+    def measuring(self, teacher: nn.Module | None) -> nn.Module | None:
+        """Return the teacher that evidence measures with: one in float32, also where training runs another in
+        bfloat16.
+        """
+        training, asked = self.run.training, self.run.evidence is not None and self.processes.is_main
+        if teacher is None or not asked or training.teacher_precision != "bf16":
+            return teacher
+        with running(self.clock), phase("stages", covers=True):
+            return self.materials.model("teacher")
 
     def train(self, distiller: Distiller, teacher: nn.Module | None) -> None:
         """Train the distiller until its budget is spent and put the selected weights into it."""
@@ -306,9 +321,14 @@ class _Life:
         budget: dict[str, float] = {"optimizer_steps": float(trainer.updates if trainer else 0)}
         budget |= trainer.counters if trainer else {"prompts": 0.0, "tokens_seen": 0.0, "tokens_sampled": 0.0}
         budget["init_steps"] = float(materials.steps("student"))
+        fitted = trainer.fitted if trainer else None
+        if fitted is not None:
+            budget["micro_batch"], budget["rollout_batch"] = fitted.micro_batch, fitted.rollout_batch
         budget |= {f"stage_seconds.{name}": seconds for name, seconds in materials.stage_seconds().items()}
         scores: dict[str, record.Score] = {}
         notes = [*(f"breaks {law}: {why}" for law, why in self.broken().items())]
+        if fitted is not None:
+            notes.append(fitted.note)
         if trainer and trainer.best:
             notes.append(
                 f"selected step {trainer.best['step']}: {run.select.score} {trainer.best['score']:.4f} on dev"
@@ -344,6 +364,10 @@ class _Life:
                 for name, entry in self.clock.state().items()
             },
             axes=dict(run.axes),
+            curve=[
+                record.DevScore(int(point["step"]), point["train_seconds"], point["score"])
+                for point in (trainer.curve if trainer else [])
+            ],
             scores=scores,
             status=status,
             reason=reason,
@@ -372,7 +396,7 @@ def analyse(run: record.RunFolder, names: list[str]) -> record.RunRecord:
 
 
 def environment(run: RunConfig) -> dict[str, Any]:
-    """Return commit, versions, device and threads; nothing that names the machine or its user."""
+    """Return commit, versions, device, threads and runs at a time; nothing that names machine or user."""
     on_gpu = run.device.startswith("cuda")
     return {
         **_commit(),
@@ -380,6 +404,7 @@ def environment(run: RunConfig) -> dict[str, Any]:
         "python": ".".join(map(str, sys.version_info[:3])),
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "threads": run.threads,
+        "jobs": int(os.environ.get("KDBENCH_JOBS", "1")),
     }
 
 

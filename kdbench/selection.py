@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from kdbench.clock import phase
 from kdbench.config import Select
 from kdbench.errors import UserError
 from kdbench.harness import Milestone, Trainer
+from kdbench.record import training_seconds
 from kdbench.rollout import evaluating
 
 Answer = Callable[[nn.Module], list[dict[str, Any]]]
@@ -37,6 +39,7 @@ class Selection:
         """Score the weights as they are. Raises: UserError for an unknown score."""
         trainer, select = self.trainer, self.select
         assert trainer is not None
+        seconds = training_seconds({n: entry["seconds"] for n, entry in trainer.clock.state().items()})
         with phase("dev", covers=True), evaluating(trainer.distiller):
             rows = self.answer(trainer.distiller.predictor())
             metrics: dict[str, float] = {}
@@ -47,6 +50,9 @@ class Selection:
         if select.score not in metrics:
             raise UserError(f"select.score: no dev score '{select.score}'. Known: {', '.join(metrics)}.")
         trainer.distiller.on_eval(metrics)
+        if math.isfinite(metrics[select.score]):
+            told = {"step": step, "train_seconds": seconds, "score": metrics[select.score]}
+            trainer.curve.append(told)
         value = metrics[select.score] * (1 if select.direction == "higher" else -1)
         if "value" not in trainer.best or value > trainer.best["value"]:
             trainer.keep_best({"value": value, "step": step, "score": metrics[select.score], "n": len(rows)})

@@ -38,7 +38,7 @@ from kdbench.config import (
     stage_training,
 )
 from kdbench.distiller import Batch, Distiller
-from kdbench.errors import UserError
+from kdbench.errors import OutOfMemory, UserError
 from kdbench.harness import Source, SourceData, Trainer
 from kdbench.processes import Processes
 from kdbench.selection import Selection
@@ -412,7 +412,10 @@ class Materials:
             milestones=selection.milestones(training.optimizer_steps),
         )
         selection.trainer = trainer
-        trainer.fit(progress=self.places.progress, label=f"{role} {stage.name}")
+        try:
+            trainer.fit(progress=self.places.progress, label=f"{role} {stage.name}")
+        except OutOfMemory as error:
+            raise OutOfMemory(f"roles.{role}: stage '{stage.name}': {error}") from error
         selection.finish()
         models.save_student(
             cast(PreTrainedModel, distiller.predictor()), self.tokenizer(role), work / "model"
@@ -515,6 +518,7 @@ class Materials:
             {name: [data.task, data.task_settings, data.split] for name, data in run.extra.items()},
             training,
             [run.seed, run.training.max_new_tokens, run.training.precision],
+            [run.training.matmul, run.training.teacher_precision],
             [run.device.split(":")[0], run.threads, run.training.rollout_batch or run.training.batch_size],
         )
 

@@ -203,7 +203,8 @@ def test_memory_and_time_by_hand(tmp_path: Path) -> None:
         "update": Phase(6.0, 20, 25, 300),
         "evaluate": Phase(50.0, 90, 90, 900),
     }
-    record = make_record(phases=phases, budget={"tokens_seen": 500, "tokens_sampled": 100})
+    budget = {"tokens_seen": 500, "tokens_sampled": 100, "optimizer_steps": 40, "prompts": 80}
+    record = make_record(phases=phases, budget=budget)
     save(record, tmp_path / "record.json")
     scores = {name: score.value for name, score in memory_time.analyze(RunFolder(tmp_path)).scores.items()}
     assert scores == {
@@ -211,8 +212,10 @@ def test_memory_and_time_by_hand(tmp_path: Path) -> None:
         "update_seconds": 6,
         "evaluate_seconds": 50,
         "train_seconds": 10,
+        "seconds_per_update": 0.25,
         "train_tokens_per_s": 50,
         "sampled_tokens_per_s": 25,
+        "prompts_per_s": 8,
         "peak_allocated_bytes": 20,
         "peak_reserved_bytes": 30,
         "peak_rss_bytes": 300,

@@ -812,7 +812,9 @@ def started(*command: str, folder: Path) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("command", ["report", "--help", "run --help", "list methods", "list boards"])
+@pytest.mark.parametrize(
+    "command", ["report", "report --cost", "--help", "run --help", "list methods", "list boards"]
+)
 def test_answers_at_once_and_without_torch(command: str, ran: tuple[int, str, str], here: Path) -> None:
     """Processor time rather than wall-clock time, which a busy machine stretches; nothing here waits."""
     code = (

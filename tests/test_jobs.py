@@ -97,6 +97,7 @@ def test_jobs_wait_for_what_they_need_and_fill_the_slots() -> None:
     slow = {"teacher": lambda: time.sleep(0.3) or Outcome("done", "", 0.3)}  # type: ignore[func-returns-value]
     workers = Pretend(slow)
     workers.run(jobs, 2)
+    assert workers._runs == 2  # what records will say was made at a time
     assert all(job.outcome == Outcome("done", "", 0.01) for job in jobs[1:])
     assert workers.together[1] == {"teacher", "init"}, "stages are made at the same time"
     assert {"teacher", "c"} in workers.together, "a run that needs nothing does not wait"

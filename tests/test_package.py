@@ -19,7 +19,8 @@ in_checkout = pytest.mark.skipif(not CHECKOUT, reason="needs the checkout")
 # What must answer at once: neither torch nor transformers may be imported.
 WITHOUT_TORCH = (
     "errors paths strict config registry record evidence per_prompt estimators counterfactuals intervals "
-    "compare board cli commands __main__ worlds.tables worlds.catalogue worlds.truth"
+    "compare cost board cost_report cost_figure cli commands __main__ worlds.tables worlds.catalogue "
+    "worlds.truth"
 ).split()
 
 
@@ -36,7 +37,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "strict": {"errors"},
     "config": {"errors", "paths", "strict", "registry"},
     "registry": {"errors", "paths", "distiller", "task"},
-    "losses": {"predict", "distiller", "errors"},
+    "cost": {"record"},
+    "losses": {"predict", "distiller", "errors", "clock"},
 }
 
 
@@ -80,7 +82,7 @@ def _imports(path: Path) -> set[str]:
 def test_constraints_pin_every_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
-    wanted += project["optional-dependencies"]["track"]
+    wanted += [*project["optional-dependencies"]["track"], *project["optional-dependencies"]["bench"]]
     names = {_name(re.split(r"[<>=\[ ;]", one)[0]) for one in wanted}
     pins = {}
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():

@@ -95,7 +95,7 @@ def test_no_file_content_escapes_as_another_error(tmp_path: Path, text: str) -> 
 
 def test_every_missing_field_is_named(tmp_path: Path) -> None:
     whole = asdict(make_record())
-    optional = {"axes", "scores", "analyses", "reason", "notes", "arrays_sha256"}
+    optional = {"axes", "curve", "scores", "analyses", "reason", "notes", "arrays_sha256"}
     for key in whole:
         part = {name: value for name, value in whole.items() if name != key}
         if key in optional:
