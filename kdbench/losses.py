@@ -124,6 +124,41 @@ def divergence(
     return over_models
 
 
+def by_position(
+    function: Callable[..., tuple[Tensor, ...]], q: Logits, *others: Logits
+) -> tuple[Tensor, ...]:
+    """Return what `function` makes of the logits of all positions: its first result, which has a gradient, and
+    the others as numbers; each [...] or [N].
+
+    `function` gets chunks of logits [..., V] of q and of each model in `others`, and the entries of each
+    Tensor [N] among them, and returns one value per position, and what else is to be known there. A loss of
+    several terms written so goes through the head of each model once. It must treat positions independently
+    and draw no random numbers.
+    Raises: ValueError as a function that `divergence` made.
+    Source: own.
+    """
+    known: list[list[Tensor]] = []
+    counting = True
+
+    def plain(*chunks: Tensor) -> Tensor:
+        value, *rest = function(*chunks)
+        if counting:  # a chunk may be gone through again in the backward pass
+            known.append([one.detach() for one in rest])
+        return value
+
+    for other in others:
+        if not isinstance(other, Tensor) and (_vocab(other), _rows(other)) != (_vocab(q), _rows(q)):
+            raise ValueError(
+                f"by_position: a model has {_vocab(other)} vocabulary entries at positions {_rows(other)}, "
+                f"the first {_vocab(q)} at {_rows(q)}."
+            )
+    value = _over_chunks("by_position", plain, q, *others)
+    counting = False
+    if len(known) == 1:
+        return value, *known[0]
+    return value, *(torch.cat(parts) for parts in zip(*known, strict=True))
+
+
 def log_probs(logits: Tensor) -> Tensor:
     """Log-probabilities in nats of logits [..., V], in float32 at least; an entry at -inf gets `FLOOR_NATS`.
 

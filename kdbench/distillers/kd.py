@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kdbench.distiller import Batch, Distiller, Step, token_mean
 from kdbench.distillers._divergence import DivergenceConfig
-from kdbench.losses import cross_entropy
+from kdbench.losses import by_position, cross_entropy
 from kdbench.predict import predict
 
 
@@ -50,9 +50,13 @@ class KD(Distiller):
         q = predict(self.student, batch)
         with torch.no_grad():
             p = predict(self.teacher, batch)
-        warm_q, warm_p = q.tempered(self.cfg.temperature), p.tempered(self.cfg.temperature)
-        ce = token_mean(cross_entropy(q), batch)
-        kd = self.factor * token_mean(self.divergence(warm_q, warm_p), batch)
-        step.log(ce=ce, **{self.cfg.divergence: kd})
-        ratio: float = self.cfg.kd_ratio
-        return (1 - ratio) * ce + ratio * kd
+        loss, ce, kd = by_position(self.terms, q, p, q.targets)
+        step.log(ce=token_mean(ce, batch), **{self.cfg.divergence: token_mean(kd, batch)})
+        return token_mean(loss, batch)
+
+    def terms(self, q: Tensor, p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the weighted sum and both terms at each position, nats."""
+        ratio, temperature = self.cfg.kd_ratio, self.cfg.temperature
+        ce = cross_entropy(q, targets)
+        kd = self.factor * self.divergence(q / temperature, p / temperature)
+        return (1 - ratio) * ce + ratio * kd, ce, kd

@@ -46,7 +46,7 @@ from kdbench.distiller import (
     target_mask,
     token_mean,
 )
-from kdbench.losses import cross_entropy, forward_kl, reverse_kl, token_log_prob
+from kdbench.losses import by_position, cross_entropy, forward_kl, reverse_kl, token_log_prob
 from kdbench.predict import predict
 from kdbench.rollout import evaluating, rollout
 
@@ -208,33 +208,49 @@ class MiniLLM(Distiller):
         if cfg.whiten == "micro_batch":
             advantage = self.whitened(batch, step, lambda own: own)
         gain, weight = gather_targets(advantage, batch), gather_targets(batch["importance_weight"], batch)
-        q = predict(self.student, batch)
-        ratio = weight * (token_log_prob(q) - gather_targets(batch["old_log_prob"], batch)).exp()
-        clipped = ratio.clamp(1 - cfg.clip, 1 + cfg.clip)
-        loss = token_mean(torch.maximum(-gain * ratio, -gain * clipped), batch)
-        step.log(
-            policy=loss,
-            reward=token_mean(gather_targets(batch["reward"], batch), batch),
-            clipped_share=token_mean((ratio != clipped).to(ratio.dtype), batch),
-        )
+        old = gather_targets(batch["old_log_prob"], batch)
+        teacher = []
         if cfg.single_step:
             with torch.no_grad():
-                p = predict(self.teacher, batch)
-            kl = reverse_kl(q, p)
-            single = token_mean(weight * kl if cfg.weight_single_step else kl, batch)
-            step.log(single_step=single)
-            loss = loss + single
-        return loss
+                teacher = [predict(self.teacher, batch)]
+
+        def terms(
+            q: Tensor, y: Tensor, a: Tensor, w: Tensor, q_old: Tensor, *p: Tensor
+        ) -> tuple[Tensor, ...]:
+            ratio = w * (token_log_prob(q, y) - q_old).exp()
+            clipped = ratio.clamp(1 - cfg.clip, 1 + cfg.clip)
+            policy = torch.maximum(-a * ratio, -a * clipped)
+            outside = (ratio != clipped).to(ratio.dtype)
+            if not p:
+                return policy, policy, outside
+            kl = reverse_kl(q, p[0])
+            single = w * kl if cfg.weight_single_step else kl
+            return policy + single, policy, outside, single
+
+        q = predict(self.student, batch)
+        loss, policy, outside, *single = by_position(terms, q, q.targets, gain, weight, old, *teacher)
+        step.log(
+            policy=token_mean(policy, batch),
+            reward=token_mean(gather_targets(batch["reward"], batch), batch),
+            clipped_share=token_mean(outside, batch),
+            **{"single_step": token_mean(kl, batch) for kl in single},
+        )
+        return token_mean(loss, batch)
 
     def text_loss(self, batch: Batch, step: Step) -> Tensor:
         """Return L_lm on pretraining text."""
-        q = predict(self.student, batch)
-        loss = token_mean(cross_entropy(q), batch)
-        step.log(lm_ce=loss)
-        if self.cfg.kd_ratio:
-            with torch.no_grad():
-                p = predict(self.teacher, batch)
-            kl = token_mean(forward_kl(q, p), batch)
-            step.log(lm_kl=kl)
-            loss = (1 - self.cfg.kd_ratio) * loss + self.cfg.kd_ratio * kl
-        return loss
+        q, ratio = predict(self.student, batch), self.cfg.kd_ratio
+        if not ratio:
+            loss = token_mean(cross_entropy(q), batch)
+            step.log(lm_ce=loss)
+            return loss
+        with torch.no_grad():
+            p = predict(self.teacher, batch)
+
+        def terms(q: Tensor, p: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            ce, kl = cross_entropy(q, y), forward_kl(q, p)
+            return (1 - ratio) * ce + ratio * kl, ce, kl
+
+        both, ce, kl = by_position(terms, q, p, q.targets)
+        step.log(lm_ce=token_mean(ce, batch), lm_kl=token_mean(kl, batch))
+        return token_mean(both, batch)

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from kdbench.distiller import Batch, Distiller, Group, Step, token_mean
 from kdbench.distillers._divergence import DivergenceConfig
-from kdbench.losses import forward_kl, reverse_kl
-from kdbench.predict import Prediction, predict, shared
+from kdbench.losses import Logits, by_position, forward_kl, reverse_kl
+from kdbench.predict import predict, shared
 from kdbench.prompts import PromptedModel, SoftPrompt
 from kdbench.rollout import evaluating, rollout
 
@@ -114,16 +114,22 @@ class PromptKD(Distiller):
             prompted = predict(self.prompted, batch)
         with evaluating(self.student):
             student = predict(self.student, batch)
-        kd = token_mean(kl(self.cfg.kd_direction, prompted, student), batch)
         coefficient = self.reg_coefficient(step)
-        step.log(prompt_kd=kd)
         if not coefficient:
-            return kd
+            loss = token_mean(kl(self.cfg.kd_direction, prompted, student), batch)
+            step.log(prompt_kd=loss)
+            return loss
         with torch.no_grad():
             bare = predict(self.teacher, batch)
-        reg = token_mean(kl(self.cfg.reg_direction, prompted, bare), batch)
-        step.log(prompt_reg=reg)
-        return kd + coefficient * reg
+
+        def terms(prompted: Tensor, student: Tensor, bare: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            kd = kl(self.cfg.kd_direction, prompted, student)
+            reg = kl(self.cfg.reg_direction, prompted, bare)
+            return kd + coefficient * reg, kd, reg
+
+        loss, kd, reg = by_position(terms, prompted, student, bare)
+        step.log(prompt_kd=token_mean(kd, batch), prompt_reg=token_mean(reg, batch))
+        return token_mean(loss, batch)
 
     def student_loss(self, batch: Batch, step: Step) -> Tensor:
         """Return L_S; its gradient is the student's."""
@@ -141,7 +147,7 @@ class PromptKD(Distiller):
         return float(self.cfg.base_coef * (1 - step.index / step.total))
 
 
-def kl(direction: Direction, prompted: Prediction, fixed: Prediction) -> Tensor:
+def kl(direction: Direction, prompted: Logits, fixed: Logits) -> Tensor:
     """Return KL(prompted || fixed) for "prompted_first", KL(fixed || prompted) for "fixed_first"; nats, [N].
 
     In `reverse_kl(q, p)` = KL(q || p) and `forward_kl(q, p)` = KL(p || q) the model that learns, here the

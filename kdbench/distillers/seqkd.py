@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from kdbench.distiller import Batch, Data, Distiller, Step, token_mean
-from kdbench.losses import cross_entropy, forward_kl
+from kdbench.losses import by_position, cross_entropy, forward_kl
 from kdbench.predict import predict
 from kdbench.rollout import rollout
 
@@ -58,12 +58,17 @@ class SeqKD(Distiller):
     def loss(self, batch: Batch, step: Step) -> Tensor:
         """Return the weighted sum of the terms, nats per token; at weight 0 the teacher is not run."""
         q = predict(self.student, batch)
-        ce = token_mean(cross_entropy(q), batch)
-        step.log(ce=ce)
         if self.kd_ratio == 0:
-            return ce
+            loss = token_mean(cross_entropy(q), batch)
+            step.log(ce=loss)
+            return loss
         with torch.no_grad():
             p = predict(self.teacher, batch)
-        kl = token_mean(forward_kl(q, p), batch)
-        step.log(forward_kl=kl)
-        return (1 - self.kd_ratio) * ce + self.kd_ratio * kl
+        both, ce, kl = by_position(self.terms, q, p, q.targets)
+        step.log(ce=token_mean(ce, batch), forward_kl=token_mean(kl, batch))
+        return token_mean(both, batch)
+
+    def terms(self, q: Tensor, p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the weighted sum and both terms at each position, nats."""
+        ce, kl = cross_entropy(q, targets), forward_kl(q, p)
+        return (1 - self.kd_ratio) * ce + self.kd_ratio * kl, ce, kl
