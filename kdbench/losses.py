@@ -127,8 +127,8 @@ def divergence(
 def by_position(
     function: Callable[..., tuple[Tensor, ...]], q: Logits, *others: Logits
 ) -> tuple[Tensor, ...]:
-    """Return what `function` makes of the logits of all positions: its first result, which has a gradient, and
-    the others as numbers; each [...] or [N].
+    """Return what `function` makes of the logits of all positions: its first result, which has a gradient,
+    and the others as numbers; each [...] or [N].
 
     `function` gets chunks of logits [..., V] of q and of each model in `others`, and the entries of each
     Tensor [N] among them, and returns one value per position, and what else is to be known there. A loss of

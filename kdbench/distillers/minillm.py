@@ -233,8 +233,9 @@ class MiniLLM(Distiller):
             policy=token_mean(policy, batch),
             reward=token_mean(gather_targets(batch["reward"], batch), batch),
             clipped_share=token_mean(outside, batch),
-            **{"single_step": token_mean(kl, batch) for kl in single},
         )
+        for kl in single:
+            step.log(single_step=token_mean(kl, batch))
         return token_mean(loss, batch)
 
     def text_loss(self, batch: Batch, step: Step) -> Tensor:
