@@ -7,6 +7,7 @@ caps its logits afterwards is run whole instead, so that nothing is silently dif
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -260,7 +261,7 @@ class _Shared:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.trained = [param for param in model.parameters() if param.requires_grad]
-        self.rows: Tensor | None = None
+        self.rows: list[Tensor | None] = []
         self.versions: list[int] = []
         self.made: Prediction | None = None
 
@@ -268,18 +269,22 @@ class _Shared:
         """`predict` on the model."""
         whole = batch.size == batch.totals.examples
         if not whole or any(module.training for module in self.model.modules()):
-            self.rows = self.made = None
+            self.made = None
             return _predict(CausalLM(self.model), batch)
         versions = [param._version for param in self.model.parameters()]
-        if self.made is None or self.rows is not batch["input_ids"] or self.versions != versions:
+        rows = [batch.get(name) for name in ("input_ids", "prompt_length", "length", "position_offset")]
+        same = len(rows) == len(self.rows) and all(map(operator.is_, rows, self.rows))
+        if self.made is None or not same or self.versions != versions:
             asked = [param.requires_grad for param in self.trained]
             for param in self.trained:
                 param.requires_grad_(True)
-            with torch.enable_grad():
-                self.made = _predict(CausalLM(self.model), batch)
-            for param, wanted in zip(self.trained, asked, strict=True):
-                param.requires_grad_(wanted)
-            self.rows, self.versions = batch["input_ids"], versions
+            try:
+                with torch.enable_grad():
+                    self.made = _predict(CausalLM(self.model), batch)
+            finally:
+                for param, wanted in zip(self.trained, asked, strict=True):
+                    param.requires_grad_(wanted)
+            self.rows, self.versions = rows, versions
         return self.made if torch.is_grad_enabled() else self.made.detached()
 
 

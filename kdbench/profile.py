@@ -87,7 +87,6 @@ class Trained:
     def __init__(self, run: RunConfig, places: stages.Places, wanted: Wanted) -> None:
         self.materials = stages.Materials(run, places)
         self.count = max(FEWEST_ROWS, 4 * run.training.batch_size)
-        self.said = "the board's"
 
     def model(self, role: str) -> nn.Module:
         """Return the model of a role."""
@@ -400,7 +399,7 @@ def measure(
         device=run.device,
         precision=run.training.precision,
         threads=run.threads,
-        rows=parts.said,
+        rows="random" if wanted.random else "the board's",
         board_steps=run.training.optimizer_steps,
     )
     try:

@@ -13,6 +13,7 @@ A run folder, and who writes what (all writes are atomic, all text is UTF-8):
     evidence/final-<profile>.parquet                in a further decoding profile, by `kdbench collect`
     evidence/interventions/<name>.parquet           see `kdbench.interventions`, by `kdbench collect`
     evidence/snapshot-<optimizer step>.parquet      the same for a snapshot of training
+    fit.json                harness   with `training.fit`: sizes that fit memory, see `kdbench.memory.Fit`
     student/                harness   `from_pretrained` folder
 
 What the harness must put into a record: see the fields of `RunRecord`. A run that ended in NaN has status
@@ -126,7 +127,8 @@ class RunRecord:
                   'device' ('cpu' or the GPU's name), 'threads' (int), 'jobs' (int: how many runs were made
                   at a time); nothing that names the host or a user
     budget        numbers: 'optimizer_steps' (of the student), 'prompts', 'tokens_seen', 'tokens_sampled',
-                  'init_steps' (optimizer steps of the common student init), more where useful
+                  'init_steps' (optimizer steps of the common student init), more where useful, such as
+                  the 'micro_batch' and 'rollout_batch' that `training.fit` found
     phases        'prepare', 'rollout', 'update', 'evaluate', ...; disjoint, so that they may be added
     curve         the dev scores during training, where some were measured (`select.every` of the config)
     scores        '<analysis>/<score>' -> Score; analyses: '<analysis>' -> {'version': int, 'detail': ...}

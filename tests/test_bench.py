@@ -1,4 +1,4 @@
-"""The speed benchmark: every row runs, two sides that differ are told, and the page follows from the results."""
+"""The speed benchmark: every row runs, sides that differ are told, and the page follows from the results."""
 
 import importlib.util
 import json
@@ -73,6 +73,7 @@ def test_every_row_runs_without_trl(
     assert [one["mean"] for one in lengths.values()] == [bench.QUICK["new"]] * 2
     page = (tmp_path / "table.md").read_text()
     assert page == bench.table(found)
+    assert found["rows"] == again(bench, found)
     assert page.strip() == capsys.readouterr().out.strip()
     assert "TRL is not installed" in page
     assert {"cpu", "threads", "matmul_precision", "commit", "torch", "transformers", "trl"} <= set(
@@ -150,19 +151,16 @@ def measured(ours: list[float], theirs: list[float], grown: tuple[int, int]) -> 
 
 
 @pytest.mark.parametrize(
-    ("ours", "grown", "reached"),
+    ("ours", "theirs", "grown", "reached"),
     [
-        ([1.0, 0.8, 9.0], (50, 100), True),  # 0.5, 0.4 and 0.9 of the peer's in the same round
-        ([1.0, 0.8, 1.0], (51, 100), False),
-        ([1.3, 1.0, 1.0], (10, 100), False),
+        ([0.8, 1.0, 9.0], [2.0, 2.5, 10.0], (50, 100), True),  # 0.4 of the peer twice, 0.9 once
+        ([0.8, 1.0, 9.0], [2.0, 2.5, 10.0], (51, 100), False),
+        ([1.0, 1.0, 0.2], [2.0, 2.0, 2.0], (10, 100), False),  # 0.5 twice, 0.1 once
     ],
 )
 def test_a_row_is_reached_by_its_median_and_its_memory(
-    bench: Any, ours: list[float], grown: tuple[int, int], reached: bool
+    bench: Any, ours: list[float], theirs: list[float], grown: tuple[int, int], reached: bool
 ) -> None:
-    theirs = [2.0, 2.0, 10.0] if ours[2] == 9 else [2.0, 2.0, 2.0]
-    theirs = [2.0] * 3 if not reached and grown[0] == 10 else theirs
-    ours = [1.3, 1.2, 1.0] if not reached and grown[0] == 10 else ours
     line = bench.figure("distillation", 50257, measured(ours, theirs, grown))
     ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
     assert line["ratio"]["median"] == ratios[1]
@@ -192,7 +190,7 @@ def test_growth_is_the_peak_and_not_what_is_left(bench: Any) -> None:
         kept.append(torch.ones(size // 16))
 
     grown = bench.growth(step)
-    assert size <= grown < 1.1 * size + 8 * 10**6
+    assert 0.97 * size < grown < 1.1 * size + 8 * 10**6
     assert bench.growth(lambda: None) < 2 * 10**6
 
 
@@ -242,7 +240,8 @@ def test_both_sides_start_from_the_same_weights(bench: Any) -> None:
 
 
 def test_the_end_token_makes_responses_a_third_as_long(bench: Any) -> None:
-    sizes = bench.Setting(500, prompts=200)
+    sizes = bench.Setting(500, student=(1, 128, 2), prompts=200)
+    torch.manual_seed(0)
     student = bench.pair(sizes)[0]
     assert bench.end_token(student, sizes) == 499
     prompts = bench.texts(sizes, ragged=True, count=sizes.prompts)
@@ -277,15 +276,17 @@ def test_wrong_options_are_refused(bench: Any, capsys: pytest.CaptureFixture[str
         assert told in capsys.readouterr().err
 
 
+def again(bench: Any, found: dict[str, Any]) -> list[Any]:
+    """The rows, computed once more from what was measured."""
+    lines = [(line["row"], line["vocab"]) for line in found["rows"]]
+    rows = [bench.figure(key, vocab, found["vocabularies"][str(vocab)]) for key, vocab in lines]
+    return list(json.loads(json.dumps(rows)))
+
+
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="nothing is published")
 def test_the_published_page_follows_from_the_published_results(bench: Any) -> None:
     found = json.loads((PUBLISHED / "results.json").read_text())
     assert (PUBLISHED / "table.md").read_text() == bench.table(found)
-    assert found["rows"] == [
-        json.loads(
-            json.dumps(bench.figure(line["row"], line["vocab"], found["vocabularies"][str(line["vocab"])]))
-        )
-        for line in found["rows"]
-    ]
+    assert found["rows"] == again(bench, found)
     assert found["environment"]["matmul_precision"] == "highest"
     assert all(not set(line["problems"]) for line in found["rows"])

@@ -13,6 +13,7 @@ from torch import Tensor
 from kdbench import losses
 from kdbench.losses import (
     DIVERGENCES,
+    Logits,
     adaptive_kl,
     cross_entropy,
     divergence,
@@ -29,6 +30,7 @@ from kdbench.losses import (
     token_log_prob,
     total_variation,
 )
+from kdbench.predict import Prediction
 
 Array = npt.NDArray[np.float64]
 Pair = Callable[[Array, Array], Array]
@@ -682,3 +684,75 @@ def test_divergence_by_name() -> None:
         divergence_named("forward_kl", beta=0.1)
     with pytest.raises(ValueError, match=r"beta = 0 is not in \(0, 1\)"):
         divergence_named("generalized_jsd", beta=0)
+
+
+# ------------------------------------------------------------------------------ several terms at once
+@pytest.mark.parametrize("formed", [True, False], ids=["prediction", "checkpointed"])
+def test_terms_together_are_the_terms_apart(formed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one pass over chunks of four rows: value, gradient, the numbers beside it; weights per position."""
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 4 * V_WIDE)
+    monkeypatch.setitem(losses._CHUNK, "cpu", (4, 4 * V_WIDE))
+    monkeypatch.setitem(losses._BLOCK, "cpu", 3 * V_WIDE)
+    hidden, targets, weight = normal(11, 5), torch.arange(11) % V_WIDE, normal(11, seed=3).abs()
+    heads = [torch.nn.Linear(5, V_WIDE, bias=False).double() for _ in range(2)]
+
+    def model(index: int, x: Tensor) -> Logits:
+        if formed:
+            return Prediction(x, heads[index], targets, V_WIDE)
+        return Headed(x, heads[index], targets)
+
+    def terms(q: Tensor, p: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        ce, kl = cross_entropy(q, y), w * reverse_kl(q, p / 2)
+        return ce + 3 * kl, ce, kl
+
+    found: list[Tensor] = []
+    for together in (True, False):
+        x = hidden.clone().requires_grad_()
+        heads[0].weight.grad = None
+        with torch.no_grad():
+            p = model(1, hidden)
+        q = model(0, x)
+        if together:
+            value, ce, kl = losses.by_position(terms, q, p, targets, weight)
+            assert not ce.requires_grad
+            assert not kl.requires_grad
+        else:
+            logits_p = heads[1](hidden).detach()
+            ce = cross_entropy(heads[0](x), targets)
+            kl = weight * reverse_kl(heads[0](x), logits_p / 2)
+            value = ce + 3 * kl
+        value.mean().backward()
+        assert x.grad is not None
+        assert heads[0].weight.grad is not None
+        found += [value.detach(), ce.detach(), kl.detach(), x.grad, heads[0].weight.grad]
+    for one, other in zip(found[:5], found[5:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
+
+
+V_WIDE = 7
+
+
+class Headed:
+    """A prediction that offers no more than logits on demand."""
+
+    def __init__(self, hidden: Tensor, head: torch.nn.Module, targets: Tensor) -> None:
+        self.hidden, self.head, self.targets, self.vocab = hidden, head, targets, V_WIDE
+        if isinstance(head, torch.nn.Identity):
+            self.vocab = hidden.shape[1]
+        self.grad = torch.is_grad_enabled()
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def logits(self, start: int, stop: int) -> Tensor:
+        with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
+            logits: Tensor = self.head(self.hidden[start:stop])
+            return logits
+
+
+def test_terms_together_refuse_models_that_do_not_fit() -> None:
+    q, p = normal(3, 7), normal(3, 8)
+    with pytest.raises(ValueError, match="8 vocabulary entries"):
+        losses.by_position(
+            lambda a, b: (reverse_kl(a, b),), q, Headed(p, torch.nn.Identity(), p[:, 0].long())
+        )
