@@ -69,8 +69,8 @@ from kdbench.predict import predict
 from kdbench.rollout import Draw, rollout
 
 SAME_LOSS, SAME_GRADIENT = 1e-4, 1e-3  # relative differences up to which two sides do the same work
-# glibc gives a freed block of this size or more back at once, instead of raising that size as it goes: what is
-# resident is then what is in use
+# glibc then gives a freed block of this size or more back at once, instead of raising that size as it goes:
+# what is resident is what is in use
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 QUICK = {
     "teacher": (2, 32, 2),

@@ -19,7 +19,7 @@ from kdbench import packing
 from kdbench.distiller import Batch, target_mask
 from kdbench.memory import checkpoint_activations
 from kdbench.packing import NAME, Packing, is_plain_gpt2
-from kdbench.predict import CausalLM, predict
+from kdbench.predict import CausalLM, predict, shared
 from kdbench.prompts import PromptedModel, SoftPrompt
 
 COMMON = {
@@ -62,6 +62,10 @@ PADDED: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": (
         "bloom",
         {"vocab_size": V, "hidden_size": 16, "n_layer": 2, "n_head": 2, "initializer_range": 0.4},
+    ),
+    "falcon": (
+        "falcon",
+        {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
     ),
     "gemma2_softcap": ("gemma2", {**GEMMA, "sliding_window": WINDOW, "attn_logit_softcapping": 1.0}),
     "gpt_neo_local": ("gpt_neo", LOCAL_NEO),
@@ -465,3 +469,35 @@ def test_the_bare_model_and_the_model_behind_a_prompt_share_the_probe() -> None:
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
     assert tiny_gpt2(1).config._attn_implementation == "sdpa"
+
+
+def test_a_shared_prediction_is_that_of_its_rows_and_weights() -> None:
+    model, batch = make("gpt2"), ragged()
+    with shared(model):
+        one = predict(model, batch)
+        assert predict(model, batch) is one
+        with torch.no_grad():
+            assert predict(model, batch).hidden.data_ptr() == one.hidden.data_ptr()
+            assert not predict(model, batch).logits().requires_grad
+        for name, value in (("prompt_length", 1), ("length", -1), ("position_offset", 1)):
+            other = batch.replace(**{name: batch.get(name, torch.zeros(6, dtype=torch.long)) + value})
+            assert predict(model, other) is not one, name
+            wanted = predict(copy.deepcopy(model), other)
+            torch.testing.assert_close(
+                predict(model, other).logits(), wanted.logits(), rtol=1e-12, atol=1e-12
+            )
+        one = predict(model, batch)
+        with torch.no_grad():
+            model.lm_head.weight += 1
+        assert predict(model, batch) is not one
+
+
+def test_a_failed_shared_prediction_leaves_what_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("gpt2")
+    assert CausalLM(model).packs
+    with shared(model), monkeypatch.context() as patch:
+        model.requires_grad_(False)  # as another group's update does
+        patch.setattr(packing, "run", lambda *args, **named: 1 / 0)
+        with pytest.raises(ZeroDivisionError), torch.no_grad():
+            predict(model, ragged())
+        assert not any(p.requires_grad for p in model.parameters())
