@@ -919,8 +919,11 @@ def saved(case: Case) -> None:
         model: Any = probe.distiller.predictor()
         if isinstance(model, PreTrainedModel):
             model.save_pretrained(folder)
-            if not torch.equal(_logits(model), _logits(case.head.reload(Path(folder)))):
-                raise Broken("its outputs differ after save_pretrained and from_pretrained")
+            # not bit by bit: a model that has been run here has faster kernels of the same functions
+            before, after = _logits(model), _logits(case.head.reload(Path(folder)))
+            apart = float((before - after).abs().max())
+            if not apart <= CLOSE * float(before.abs().max()):
+                raise Broken(f"its outputs differ by {apart:.1e} after save_pretrained and from_pretrained")
             return
         weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
         save_file(weights, Path(folder) / "model.safetensors")
