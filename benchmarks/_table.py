@@ -9,6 +9,7 @@ from typing import Any
 
 VOCABULARIES = (8192, 50257)
 MEGABYTE = 1e6
+BLANK = "–"
 TRL_MISSING = "TRL is not installed"
 
 
@@ -166,7 +167,9 @@ def figure(key: str, vocab: int, found: Mapping[str, Any]) -> dict[str, Any]:
     return line
 
 
-def _cells(line: Mapping[str, Any]) -> list[str]:
+def _cells(line: Mapping[str, Any], quick: bool = False) -> list[str]:
+    """Return a line's cells; those of memory and floor are left blank in a quick run."""
+
     def seconds(name: str) -> str:
         return f"{1e3 * line[name]['median']:.0f} ms" if name in line else ""
 
@@ -185,6 +188,11 @@ def _cells(line: Mapping[str, Any]) -> list[str]:
     if "growth_ratio" in line:
         mine, theirs = (value / MEGABYTE for value in line["growth_bytes"])
         grown = f"{line['growth_ratio']:.2f} ({mine:.0f} / {theirs:.0f} MB)"
+    peer = seconds("peer_seconds")
+    if quick:
+        grown = BLANK if grown else grown
+        if "megabytes" in line or (line["peer"] == "floor" and ratio):
+            ratio, peer = BLANK, BLANK if peer else ""
     reached = {True: "yes", False: "no", None: ""}[line["reached"]]
     if line["problems"]:
         reached = "; ".join([reached] * bool(reached and "ratio" in line) + line["problems"])
@@ -192,7 +200,7 @@ def _cells(line: Mapping[str, Any]) -> list[str]:
         line["title"],
         f"{line['vocab']:,}",
         seconds("kdbench_seconds"),
-        seconds("peer_seconds"),
+        peer,
         ratio,
         bound,
         grown,
@@ -203,9 +211,9 @@ def _cells(line: Mapping[str, Any]) -> list[str]:
 
 def table(results: Mapping[str, Any]) -> str:
     """Return the page of these results, in Markdown."""
-    told = results["environment"]
+    told, quick = results["environment"], bool(results.get("quick"))
     heads = "figure; vocabulary; kdbench; peer; ratio [quartiles]; limit; memory growth; limit; reached"
-    rows = [heads.split("; "), *map(_cells, results["rows"])]
+    rows = [heads.split("; "), *(_cells(line, quick) for line in results["rows"])]
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
@@ -229,12 +237,10 @@ def table(results: Mapping[str, Any]) -> str:
         "process. Memory growth is that of the resident set over one update on prompts of full length. TRL's "
         "trainers pass no position ids, so they are compared on prompts of equal length.",
     ]
-    return "\n".join(
-        ["# Speed, v1", ""]
-        + ["Made by `python benchmarks/step.py`; every round is in [results.json](results.json).", ""]
-        + [f"- {line}" for line in about]
-        + ["", *lines, "", *_remarks(results)]
-    )
+    made = "Made by `python benchmarks/step.py`; every round is in [results.json](results.json)."
+    toy = "quick run of toy sizes: its numbers mean nothing"
+    head = [f"# Speed, {toy}", ""] if quick else ["# Speed, v1", "", made, ""]
+    return "\n".join(head + [f"- {line}" for line in about] + ["", *lines, "", *_remarks(results)])
 
 
 def _remarks(results: Mapping[str, Any]) -> list[str]:
@@ -251,7 +257,7 @@ def _remarks(results: Mapping[str, Any]) -> list[str]:
                     f"- {int(vocab):,}, {name}, {side}: {lengths['responses']} responses, of "
                     f"{lengths['mean']:.1f} tokens on average and {lengths['longest']} at most"
                 )
-        if "floor" in found:
+        if "floor" in found and not results.get("quick"):
             floor = found["floor"]
             padded, real = sum(floor["padded"].values()), sum(floor["real"].values())
             lines.append(

@@ -483,6 +483,7 @@ def measure(options: argparse.Namespace, keys: Sequence[str]) -> dict[str, Any]:
         "benchmark": "speed/v1",
         "environment": environment(options),
         "rounds": options.rounds,
+        **({"quick": True} if options.quick else {}),
         "rows": [],
         "vocabularies": {},
     }

@@ -201,12 +201,16 @@ def _question(board: BoardInfo, size: str) -> str:
 
 
 def load_statistics(
-    board: BoardInfo, published: Sequence[Path], local: Sequence[Path], store: Path, size: str | None = None
+    board: BoardInfo,
+    published: Sequence[Path],
+    local: Sequence[Path],
+    store: Path | None,
+    size: str | None = None,
 ) -> Statistics:
     """The statistics of these records, from the file `store` where it is of the same records, else computed.
 
-    What was computed is stored where the folder can be written. `size`: only runs of that size, default the
-    published one. A file that is no record becomes a warning.
+    What was computed is stored where the folder can be written; `store` None: not at all. `size`: only runs
+    of that size, default the published one. A file that is no record becomes a warning.
     """
     size = published_size(board) if size is None else size
     if size not in board.sizes:
@@ -218,7 +222,7 @@ def load_statistics(
         except OSError:
             continue  # a file that goes away while we look is no record
     try:
-        stored = read_json(store)
+        stored = {"version": None} if store is None else read_json(store)
         if (
             stored["version"] == VERSION
             and stored["question_sha256"] == question
@@ -232,18 +236,23 @@ def load_statistics(
     result = statistics(board, [*one, *two], size)
     result["warnings"] = [*warnings, *more, *result["warnings"]]
     result["files"] = hashes
-    with suppress(OSError):  # an installed wheel may lie in a folder that cannot be written
-        write_json(store, result)
+    if store is not None:
+        with suppress(OSError):  # an installed wheel may lie in a folder that cannot be written
+            write_json(store, result)
     return result
 
 
 def report(board: BoardInfo, runs: Path | None = None, size: str | None = None) -> Statistics:
-    """The statistics of the board's published records together with its runs in the folder `runs`."""
+    """The statistics of the board's published records together with its runs in the folder `runs`.
+
+    They are stored beside what they are of: nowhere for a board without records and runs.
+    """
     size = published_size(board) if size is None else size
     published, local = published_records(board), [] if runs is None else local_records(board, runs)
+    store: Path | None = None
     if runs is not None and (local or board.folder is None):
         store = runs / board.id / f"statistics-{size}.json"
-    else:
+    elif published:
         assert board.folder is not None
         store = board.folder / (
             "statistics.json" if size == published_size(board) else f"statistics-{size}.json"

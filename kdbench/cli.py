@@ -341,7 +341,7 @@ def report(
         raise unknown("format", format, boards.FORMATS)
     for name, given in (("--baseline", baseline), ("--target", target), ("--figure", figure)):
         if given is not None and not cost:
-            raise UserError(f"{name} {given}: says something of costs; add --cost")
+            raise UserError(f"{name} {given}: works only with --cost")
     if target is not None and not 0 <= target < float("inf"):
         raise UserError(f"--target {target:g}: expected a number from 0 on, what is gained over the baseline")
     question = config.load_board(board)
@@ -353,9 +353,11 @@ def report(
 
     if figure is not None:
         cost_figure.check(figure)
-    view = cost_report.against(found, baseline, target or 0.0, question.baseline)
+    names = [row.name for row in question.rows]
+    view = cost_report.against(found, baseline, target or 0.0, question.baseline, names)
     if figure is not None:
         cost_figure.draw(view, figure)
+        _say(f"written: {figure}")
     print(cost_report.render(view, format), end="")
 
 

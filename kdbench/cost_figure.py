@@ -23,9 +23,11 @@ SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def check(path: Path) -> None:
-    """Raises: UserError for a file name whose kind cannot be drawn."""
+    """Raises: UserError for a file name whose kind cannot be drawn, and for a folder that is not there."""
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"--figure {path}: the name should end in {', '.join(SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise UserError(f"--figure {path}: there is no folder {path.parent}")
 
 
 def draw(view: View, path: Path) -> None:
@@ -56,7 +58,6 @@ def draw(view: View, path: Path) -> None:
         for ax, (labels, shapes) in zip(sheet, panels, strict=True):
             _place(ax, labels, shapes, canvas.get_renderer(), figure.dpi / 72)  # type: ignore[no-untyped-call]
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path, dpi=150)
         except OSError as error:
             raise UserError(f"--figure {path}: cannot be written: {error.strerror or error}") from None

@@ -17,17 +17,24 @@ from kdbench.board import Statistics
 from kdbench.errors import UserError, unknown
 
 UNEVEN = 1.5  # runs of one row whose times differ by this factor are warned of
+LOPSIDED = 1.5  # an interval is told by its ends where one is that much farther from the value than the other
+NAMED = 3  # rows that a warning of times names at most
 View = dict[str, Any]
 
 
 # ------------------------------------------------------------------------------------------------ the numbers
 def against(
-    statistics: Statistics, baseline: str | None = None, target: float = 0.0, default: str = ""
+    statistics: Statistics,
+    baseline: str | None = None,
+    target: float = 0.0,
+    default: str = "",
+    order: Sequence[str] = (),
 ) -> View:
     """The rows of statistics against a baseline, as a JSON-able object; `rows` are in order of cost.
 
     Args: `baseline`: a row; None: the row `default`, or where it has no run the row that costs least.
-    `target`: how much better than the baseline a row should be, for its time to get there.
+    `target`: how much better than the baseline a row should be, for its time to get there. `order`: of the
+    names of rows, in which an error lists them; others follow.
 
     Raises: UserError for a board without a ranking column, a row that is unknown or not trained, and where no
     row has runs to tell costs of.
@@ -39,7 +46,8 @@ def against(
     trained = [row for row in statistics["rows"] if _name(row) in costs]
     if not trained:
         raise UserError(f"{where}: no trained row has finished runs of size '{statistics['size']}'")
-    names = list(dict.fromkeys(row["name"] for row in trained))
+    given = dict.fromkeys(str(row["name"]) for row in trained)
+    names = [name for name in order if name in given] + [name for name in given if name not in order]
     if baseline is None:
         cheapest = min(trained, key=lambda row: float(costs[_name(row)]["seconds"]["value"]))
         baseline = default if default in names else str(cheapest["name"])
@@ -126,7 +134,7 @@ def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
 def _warnings(statistics: Statistics, trained: Sequence[Mapping[str, Any]], baseline: str) -> list[str]:
     """Why costs may not be compared, and which rows are not compared with the baseline as others are."""
     kinds: dict[tuple[Any, ...], list[str]] = {}
-    uneven: dict[str, float] = {}
+    uneven: list[tuple[float, str]] = []
     warnings = []
     for row in trained:
         mine, label = statistics["costs"][_name(row)], boards._label(row)
@@ -134,7 +142,7 @@ def _warnings(statistics: Statistics, trained: Sequence[Mapping[str, Any]], base
             kinds.setdefault(tuple(kind), []).append(label)
         seconds = mine["seconds"]["seeds"]
         if min(seconds.values()) > 0 and max(seconds.values()) >= UNEVEN * min(seconds.values()):
-            uneven[label] = max(seconds.values()) / min(seconds.values())
+            uneven.append((max(seconds.values()) / min(seconds.values()), label))
         base = _baseline(row, trained, baseline)
         if base is None:
             warnings.append(f"{label}: the row '{baseline}' has no runs at these axis values.")
@@ -149,11 +157,20 @@ def _warnings(statistics: Statistics, trained: Sequence[Mapping[str, Any]], base
     elif len({row["local"] for row in trained}) > 1:
         warnings.append("published and local rows may be of different machines, whose costs do not compare.")
     if uneven:
-        told = ", ".join(f"{label} {times:.1f}" for label, times in uneven.items())
         warnings.append(
-            f"a row's runs took unlike times, as on a busy machine (longest by shortest: {told})."
+            f"a row's runs took unlike times, as on a busy machine (longest by shortest: "
+            f"{_uneven(uneven, len(trained))})."
         )
     return warnings
+
+
+def _uneven(found: Sequence[tuple[float, str]], count: int) -> str:
+    """Some of the rows whose runs took unlike times, the worst first; `count`: how many rows there are."""
+    worst = sorted(found, key=lambda one: -one[0])
+    if len(worst) == count > 1:
+        return f"all rows, up to {worst[0][0]:.1f}"
+    told = ", ".join(f"{label} {times:.1f}" for times, label in worst[:NAMED])
+    return told + (f" and {len(worst) - NAMED} more" if len(worst) > NAMED else "")
 
 
 def _made(kind: Sequence[Any]) -> str:
@@ -185,16 +202,23 @@ def _seconds(value: float) -> str:
 
 
 def _with(told: Mapping[str, Any] | None, said: Any, markdown: bool) -> str:
-    """A value with its interval: brackets, or half of it behind ±."""
+    """A value with its interval: brackets, or half of it behind ± where it is not lopsided."""
     if told is None:
         return "–"
     text, interval = str(said(told["value"])), told["interval"]
     if interval is None:
         return text
     low, high = interval
-    return (
-        f"{text} [{said(low)}, {said(high)}]" if markdown else f"{text} ±{said((high - low) / 2).lstrip('+')}"
-    )
+    if markdown or _lopsided(told["value"], low, high, said):
+        return f"{text} [{said(low)}, {said(high)}]"
+    return f"{text} ±{said((high - low) / 2).lstrip('+')}"
+
+
+def _lopsided(value: float, low: float, high: float, said: Any) -> bool:
+    """Whether ± would tell other ends than an interval has: not where they are the same once rounded."""
+    below, above, half = value - low, high - value, (high - low) / 2
+    uneven = max(below, above) > LOPSIDED * min(below, above)
+    return uneven and (said(value - half), said(value + half)) != (said(low), said(high))
 
 
 def _plain(told: Mapping[str, Any] | None, markdown: bool) -> Mapping[str, Any] | None:
@@ -257,7 +281,7 @@ def _text(view: View, markdown: bool) -> str:
                 "–" if peak is None else boards._number(peak, {"unit": "bytes"}),
                 "–" if tokens is None else f"{tokens:,.0f}",
                 _with(row.get("gain"), signed, markdown),
-                _with(row.get("per_cost"), finer, markdown),
+                _with(row.get("per_cost"), finer, markdown=True),  # a ratio: lopsided as a rule
                 _on_front(row).strip() if markdown else _on_front(row),
                 _reached(row, mixed),
             ]
@@ -266,9 +290,12 @@ def _text(view: View, markdown: bool) -> str:
     if not markdown:
         headers = [list(one) for one in zip(*heads, strict=True)]
         lines = [boards._heading(view), told, "", *boards._blocks(headers, body), ""]
-        lines += [part for note in _legend(view) for part in textwrap.wrap(note, boards._WIDTH)]
+        lines += [part for note in _legend(view, markdown) for part in textwrap.wrap(note, boards._WIDTH)]
         lines += ["", *_failed(view)]
-        lines += [f"Warning: {warning}" for warning in view["warnings"]]
+        for warning in view["warnings"]:
+            lines += textwrap.wrap(
+                f"Warning: {warning}", boards._WIDTH, break_long_words=False, break_on_hyphens=False
+            )
     else:
 
         def line(cells: Iterable[str]) -> str:
@@ -277,7 +304,7 @@ def _text(view: View, markdown: bool) -> str:
         titles = [" ".join(part for part in pair if part) for pair in heads]
         lines = [f"# {boards._heading(view)}", "", f"{told}.", ""]
         lines += [line(titles), line(["---", *["---:"] * (len(titles) - 1)])]
-        notes = [note.replace("± is half a", "brackets hold a") for note in _legend(view)] + _failed(view)
+        notes = _legend(view, markdown) + _failed(view)
         lines += [*map(line, body), "", *[f"- {note}" for note in notes]]
         lines += [f"- Warning: {warning}" for warning in view["warnings"]]
     return "\n".join(lines).rstrip() + "\n"
@@ -288,12 +315,14 @@ def _failed(view: View) -> list[str]:
     return boards._footer({**view, "rows": [{**row, "runs": {}} for row in view["rows"]]})
 
 
-def _legend(view: View) -> list[str]:
+def _legend(view: View, markdown: bool) -> list[str]:
     """What the columns say."""
     base, quality = view["baseline"]["title"], view["quality"]["title"]
     rows = [row for row in view["rows"] if row["seconds"]]
+    brackets = "brackets hold a 95 % interval"
+    told = brackets if markdown else "± is half a 95 % interval, brackets hold one"
     lines = [
-        "Cost is the time of training. Values are means over training seeds; ± is half a 95 % interval, each "
+        f"Cost is the time of training. Values are means over training seeds; {told}, each "
         f"by itself. gain: {quality} over {base}, paired; gain per × {base}: for each further training of "
         f"{base} that the time would pay for, where a row costs more for sure.",
         f"front: share of {view['resamples']:,} paired resamples of training seeds and prompts in which no "

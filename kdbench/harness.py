@@ -348,11 +348,11 @@ class Trainer:
         if self.distiller.couples_examples:  # the main process alone sees all the rows at once
             parts = {name: self._gathered(part) for name, part in parts.items()}
             pieces = int(self.processes.is_main)
-        cuts = self._cuts(parts, pieces) if pieces > 1 else {}
+        cuts = self._cuts(parts, max(pieces, 1))
         value = torch.zeros((), dtype=torch.float64, device=self.processes.device)
         for piece in range(pieces):
             micro = {
-                name: self._micro(part if pieces == 1 else part.rows(cuts[name][piece]), totals[name], pieces)
+                name: self._micro(part.rows(cuts[name][piece]), totals[name], pieces)
                 for name, part in parts.items()
             }
             if not any(part.size for part in micro.values()):

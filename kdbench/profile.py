@@ -684,7 +684,14 @@ def forecast(runs: Sequence[RunConfig], places: stages.Places, wanted: Wanted) -
             sizes = ", ".join(f"{role} {count / 1e6:,.2f} M" for role, count in told.items())
         else:
             for role, spec in run.roles.items():
-                keys = parts.materials.stage_keys(role)
+                try:
+                    keys = parts.materials.stage_keys(role)
+                except UserError as error:
+                    if isinstance(error.__cause__, OSError):  # a model that cannot be had here
+                        raise UserError(
+                            f"{str(error).rstrip('.')}; --random-weights measures without it"
+                        ) from error
+                    raise
                 for stage, key in zip(spec.stages, keys, strict=True):
                     missing += [] if parts.materials.trained(key) else [stage.name]
         micro = training.micro_batch or training.batch_size

@@ -73,6 +73,13 @@ def test_every_row_runs_without_trl(
     assert [one["mean"] for one in lengths.values()] == [bench.QUICK["new"]] * 2
     page = (tmp_path / "table.md").read_text()
     assert page == bench.table(found)
+    assert page.startswith("# Speed, quick run of toy sizes: its numbers mean nothing\n")
+    assert " MB" not in page
+    assert "GFLOP" not in page
+    full = bench.table({**found, "quick": False})
+    assert full.startswith("# Speed, v1\n")
+    assert " MB" in full
+    assert "GFLOP" in full
     assert found["rows"] == again(bench, found)
     assert page.strip() == capsys.readouterr().out.strip()
     assert "TRL is not installed" in page

@@ -1,10 +1,12 @@
 """Quality against cost: front, gains and times by hand, intervals computed again, bad input, the figure."""
 
 import csv
+import dataclasses
 import io
 import itertools
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -392,6 +394,51 @@ def test_local_rows_beside_published_ones_and_uneven_times_are_said(tmp_path: Pa
     assert any("of different machines" in one for one in cost_report.against(local)["warnings"])
 
 
+def test_unlike_times_name_few_rows(tmp_path: Path) -> None:
+    board = Board(rows=tuple(Row(name, name.upper()) for name in "abcdef"), columns=BOARD.columns)
+    for place, row in enumerate("abcde"):
+        seeds_of(tmp_path, row, (50, 51, 52), (10, 10, 20 + place))
+    (warning,) = view_of(tmp_path, board)["warnings"]
+    assert "(longest by shortest: all rows, up to 2.4)" in warning
+    seeds_of(tmp_path, "f", (50, 51, 52), (10, 10, 10))
+    (warning,) = view_of(tmp_path, board)["warnings"]
+    assert "E (local) 2.4, D (local) 2.3, C (local) 2.2 and 2 more)" in warning
+
+
+def test_known_baselines_stand_in_the_boards_order(tmp_path: Path) -> None:
+    for row, quality in (("kd", 50), ("gkd", 60), ("x", 55)):
+        make(tmp_path, row, 1, quality, 10)
+    with pytest.raises(UserError, match=r"Known: kd, gkd, x\."):
+        view_of(tmp_path, baseline="none", order=[row.name for row in BOARD.rows])
+
+
+def test_lopsided_intervals_stand_in_brackets(tmp_path: Path) -> None:
+    seeds_of(tmp_path, "sft", (50, 51, 52), (10, 10, 10), noise=3.0)
+    seeds_of(tmp_path, "kd", (52, 54, 53), (15, 18, 24), noise=3.0)
+    view = view_of(tmp_path)
+    kd = row_of(view, "kd")
+    kd["gain"] = {"value": 2.0, "interval": [1.5, 2.6]}  # as good as even
+    low, high = kd["per_cost"]["interval"]
+    text = cost_report.render(view)
+    assert f"{kd['per_cost']['value']:+.2f} [{low:+.2f}, {high:+.2f}]" in text
+    assert "+2.0 ±0.6" in text
+    kd["gain"]["interval"] = [1.5, 4.0]
+    assert "+2.0 [+1.5, +4.0]" in cost_report.render(view)
+    assert "brackets hold one" in text
+
+
+def test_a_board_without_records_gets_no_statistics(tmp_path: Path) -> None:
+    board = load_board("dolly-gpt2/v1")
+    assert board.folder is not None
+    copy = tmp_path / "board"
+    shutil.copytree(board.folder, copy, ignore=shutil.ignore_patterns("records", "statistics*"))
+    before = sorted(copy.iterdir())
+    for size in board.sizes:
+        report(dataclasses.replace(board, folder=copy), tmp_path / "runs", size)
+    assert sorted(copy.iterdir()) == before
+    assert not (tmp_path / "runs").exists()
+
+
 # -------------------------------------------------------------------------------------------- over training
 def with_curve(points: Sequence[tuple[int, float, float]], **select: Any) -> RunRecord:
     rule = {"rule": "last", "score": "accuracy", "direction": "higher", "every": 10, **select}
@@ -630,9 +677,10 @@ def call(capfd: pytest.CaptureFixture[str], *args: str | Path) -> tuple[int, str
         ("--cost --figure a.gif", "--figure a.gif: the name should end in .png, .svg, .pdf"),
         ("--cost --format tabel", "Did you mean 'table'?"),
         ("--cost --size debug", "tiny-instruct/v1: no trained row has finished runs of size 'debug'"),
-        ("--baseline sft", "--baseline sft: says something of costs; add --cost"),
-        ("--target 0", "--target 0.0: says something of costs; add --cost"),
-        ("--figure a.png", "--figure a.png: says something of costs; add --cost"),
+        ("--baseline sft", "--baseline sft: works only with --cost"),
+        ("--target 0", "--target 0.0: works only with --cost"),
+        ("--figure a.png", "--figure a.png: works only with --cost"),
+        ("--cost --figure new/a.png", "--figure new/a.png: there is no folder new"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -654,9 +702,10 @@ def test_a_board_without_a_ranking_column_has_no_cost_table(tmp_path: Path) -> N
 
 
 def test_an_unwritable_figure_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "file").write_text("")
-    code, _, err = call(capfd, "report", "--cost", "--figure", tmp_path / "file/a.png", "--runs", tmp_path)
+    (tmp_path / "a.png").mkdir()
+    code, _, err = call(capfd, "report", "--cost", "--figure", tmp_path / "a.png", "--runs", tmp_path)
     assert code == 2
+    assert len(err.splitlines()) == 1
     assert "cannot be written" in err
 
 
@@ -687,7 +736,7 @@ def test_every_format_tells_the_same(tmp_path: Path, capfd: pytest.CaptureFixtur
             assert any(seconds in one for one in mine)
             assert gain is None or any(gain in one for one in mine)
     assert "time to SFT + 1" in outs["markdown"]
-    assert all(len(line) <= 120 for line in outs["table"].splitlines() if not line.startswith("Warning"))
+    assert all(len(line) <= 120 for line in outs["table"].splitlines())
     assert "brackets hold a 95 % interval" in outs["markdown"]
 
 
@@ -709,9 +758,9 @@ def test_it_answers_at_once_without_torch_or_numpy(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- the figure
 @pytest.mark.parametrize("suffix", cost_figure.SUFFIXES)
 def test_the_figure_is_drawn(suffix: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / f"new/cost{suffix}"
+    path = tmp_path / f"cost{suffix}"
     code, out, err = call(capfd, "report", "--cost", "--figure", path, "--runs", tmp_path / "none")
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, f"written: {path}\n")
     assert out.startswith("Instruction following")
     assert path.stat().st_size > 5000
 

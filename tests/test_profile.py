@@ -201,6 +201,17 @@ def test_every_row_of_every_board_can_be_made_up(
         assert [line.split()[0] for line in lines[1:-2]] == [r.name for r in question.rows if not r.reference]
 
 
+def test_a_model_that_cannot_be_fetched_is_said_with_the_way_out(
+    places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **named: object) -> None:
+        raise OSError("no network.")
+
+    monkeypatch.setattr("kdbench.models.AutoConfig.from_pretrained", refuse)
+    with pytest.raises(UserError, match=r"gpt2.*no network; --random-weights measures without it$"):
+        forecast(runs("dolly-gpt2/v1", "base", "kd"), places, Wanted())
+
+
 def test_sizes_are_those_of_the_board(places: Places) -> None:
     promptkd = runs("dolly-gpt2/v1", "base", "promptkd")[0]
     made = Fresh(promptkd, places, Wanted(random=True))
