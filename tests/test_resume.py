@@ -121,11 +121,11 @@ def uninterrupted(row: str, reference: Path) -> Path:
     return made.folder
 
 
-UNIFORM = "kdbench.rollout:uniform"
+DRAWN = "kdbench.rollout:inverse_cdf"
 DESCEND = "kdbench.harness:Trainer._descend"
 # what, row, function, the number of its call, before or after that call
 POINTS: list[tuple[str, str, str, int, bool]] = [
-    ("in a rollout", "minillm", UNIFORM, 20, True),
+    ("in a rollout", "minillm", DRAWN, 20, True),
     ("in an update", "promptkd", "kdbench.harness:Trainer._reduce", 5, False),
     ("after an update", "promptkd", DESCEND, 3, False),
     ("after a line of the log", "minillm", "kdbench.harness:Trainer._write", 3, False),
@@ -133,7 +133,7 @@ POINTS: list[tuple[str, str, str, int, bool]] = [
     ("before a checkpoint gets its name", "promptkd", "kdbench.checkpoint:_digest", 4, False),
     ("before old checkpoints go", "gkd", "kdbench.checkpoint:_sync", 9, False),
     ("in a snapshot's evidence", "gkd", "kdbench.collect:write_evidence", 2, True),
-    ("in what prepare makes", "seqkd", UNIFORM, 20, True),
+    ("in what prepare makes", "seqkd", DRAWN, 20, True),
     ("before what prepare made gets its name", "seqkd", "kdbench.distiller:Batch.save", 1, False),
     ("in an answer to a test set", "gkd", "kdbench.record:os.replace", 8, True),
     ("after the evidence", "sft", "kdbench.collect:write_evidence", 3, False),
@@ -187,7 +187,7 @@ def test_a_killed_stage_resumes(reference: Path, tmp_path: Path, name: str, nth:
 def test_killed_again_and_again(reference: Path, tmp_path: Path) -> None:
     """Each start gets a little further than the one before."""
     expected = uninterrupted("promptkd", reference)
-    for point in ((DESCEND, 9, True), (DESCEND, 2, False), (DESCEND, 8, False), (UNIFORM, 40, True)):
+    for point in ((DESCEND, 9, True), (DESCEND, 2, False), (DESCEND, 8, False), (DRAWN, 40, True)):
         assert live("promptkd", tmp_path, point) == -signal.SIGKILL
     assert live("promptkd", tmp_path) == 0
     assert_same(expected, plan("promptkd", tmp_path).folder)
