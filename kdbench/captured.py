@@ -176,7 +176,7 @@ class Bucket:
         # an index behind the vocabulary is what the draw makes of NaN: kept for the host, not read by a model
         token = drawn.clamp(max=vocab - 1)
         self.tokens.index_copy_(1, self.index, drawn[:, None])
-        log_prob = logits[0].double().log_softmax(-1).gather(-1, token[:, None])
+        log_prob = logits[0].log_softmax(-1).gather(-1, token[:, None]).double()
         self.said.index_copy_(1, self.index, log_prob)
         self.count.add_(~self.done)
         last = (token[:, None] == self.eos).any(-1) & ~self.done

@@ -288,6 +288,17 @@ def test_responses_that_go_on(by_captured: Roll) -> None:
         ]
 
 
+def test_a_row_without_room_does_not_end_later(by_captured: Roll) -> None:
+    """What the bucket draws for it while other rows go on is no part of its response."""
+    model = tiny_gpt2(1, width=16, layers=2)
+    model.config.eos_token_id = ENDS
+    batch = many(10).replace(response_offset=torch.tensor([0, 3, 11, 1, 0, 10, 5, 11, 2, 7]))
+    for visit in range(3):
+        one = rollout.rollout(model, batch, Draw(1, visit, 64), 11)
+        assert not bool(one["finished"][[2, 7]].any())
+        assert_same(by_captured(model, batch, Draw(1, visit, 64), 11), one)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 5, 8, 9, 16, 17])
 def test_rows_of_a_bucket(rows: int) -> None:
     size = rows_of(rows)

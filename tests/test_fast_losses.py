@@ -27,7 +27,6 @@ from kdbench.losses import (
     forward_kl,
     log_probs,
     reverse_kl,
-    token_log_prob,
 )
 from kdbench.predict import Prediction, predict
 
@@ -65,10 +64,11 @@ UPSTREAM: dict[str, Callable[[Tensor], Tensor]] = {
 
 def plain(name: str, q: Tensor, p: Tensor, targets: Tensor) -> Tensor:
     """The formula on whole logits."""
+    said = log_probs(q).gather(-1, targets[:, None])[:, 0]
     if name == "cross_entropy":
-        return cross_entropy(q, targets)
+        return -said
     if name == "token_log_prob":
-        return token_log_prob(q, targets)
+        return said
     return entropy(q) if name == "entropy" else FORMULAS[name](q, p)
 
 
@@ -421,14 +421,17 @@ def test_temperature_and_a_cut_vocabulary(
 
 @pytest.mark.parametrize("kind", [Scaled, Capped])
 @pytest.mark.parametrize("name", SOME)
-def test_models_that_scale_or_cap_their_logits(kind: type[Any], name: str) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_models_that_scale_or_cap_their_logits(kind: type[Any], name: str, temperature: float) -> None:
     plain_student, teacher = models(True, "")
     student: Any = kind(plain_student.config).double().eval()
     reference, batch = copy.deepcopy(student), ragged_rows()
     with torch.no_grad():
         p = predict(teacher, batch)
-    values = FORMULAS[name](predict(student, batch).tempered(2.0), p)
-    exact = whole(name, single_rows(reference, batch) / 2, p.logits())
+    q = predict(student, batch).tempered(temperature)
+    values = FORMULAS[name](q, p)
+    exact = whole(name, single_rows(reference, batch) / temperature, p.logits())
+    torch.testing.assert_close(FORMULAS[name](q, p), exact, rtol=1e-10, atol=1e-12)  # q is not used up
     torch.testing.assert_close(values, exact, rtol=1e-10, atol=1e-12)
     for one in (values, exact):
         UPSTREAM["row weights"](one).backward()
