@@ -496,29 +496,49 @@ def _through(
     values: list[Tensor] = []
     for start in range(0, positions, rows):
         stop = min(start + rows, positions)
-        chunks = [x[start:stop] if isinstance(x, Tensor) else x.chunk(start, stop) for x in inputs]
-        for low in range(0, stop - start, block):
-            here = [chunk[low : low + block].detach() for chunk in chunks]
-            learns = [x.requires_grad_() for x, tensors in zip(here, trained, strict=True) if tensors]
-            with torch.set_grad_enabled(bool(learns)):
-                value = plain(*here)
-            values.append(value.detach())
-            if learns:
-                weight = None if weights is None else weights[start + low : start + low + len(value)]
-                weight = torch.ones_like(value) if weight is None else weight.to(value.dtype)
-                # a formula may leave one of its models out, or have no gradient at all
-                found: Sequence[Tensor | None] = [None] * len(learns)
-                if value.requires_grad:
-                    found = torch.autograd.grad(value, learns, weight, allow_unused=True)
-                for x, gradient in zip(learns, found, strict=True):
-                    # in the place of the logits, which nobody needs any more
-                    x.detach().zero_() if gradient is None else x.detach().copy_(gradient)
-        for x, chunk, tensors, total in zip(inputs, chunks, trained, totals, strict=True):
-            if tensors:
-                x.pull_back(start, stop, chunk, total)
+        here = None if weights is None else weights[start:stop]
+        values += _through_chunk(plain, inputs, start, stop, block, here, trained, totals)
     if not values:
         values = [plain(*(x if isinstance(x, Tensor) else x.chunk(0, 0) for x in inputs))]
     return torch.cat(values), [total for of_one in totals for total in of_one]
+
+
+def _through_chunk(
+    plain: Callable[..., Tensor],
+    inputs: tuple[Any, ...],
+    start: int,
+    stop: int,
+    block: int,
+    weights: Tensor | None,
+    trained: list[list[Tensor]],
+    totals: list[list[Tensor]],
+) -> list[Tensor]:
+    """Return plain's value per row of one chunk, and add the gradient of their sum, weighted if `weights`
+    [stop - start] are given, to `totals`; the chunk's logits are gone when it returns.
+    """
+    values = []
+    chunks = [x[start:stop] if isinstance(x, Tensor) else x.chunk(start, stop) for x in inputs]
+    for low in range(0, stop - start, block):
+        here = [chunk[low : low + block].detach() for chunk in chunks]
+        learns = [x.requires_grad_() for x, tensors in zip(here, trained, strict=True) if tensors]
+        with torch.set_grad_enabled(bool(learns)):
+            value = plain(*here)
+        values.append(value.detach())
+        if learns:
+            weight = torch.ones_like(value)
+            if weights is not None:
+                weight = weights[low : low + len(value)].to(value.dtype)
+            # a formula may leave one of its models out, or have no gradient at all
+            found: Sequence[Tensor | None] = [None] * len(learns)
+            if value.requires_grad:
+                found = torch.autograd.grad(value, learns, weight, allow_unused=True)
+            for x, gradient in zip(learns, found, strict=True):
+                # in the place of the logits, which nobody needs any more
+                x.detach().zero_() if gradient is None else x.detach().copy_(gradient)
+    for x, chunk, tensors, total in zip(inputs, chunks, trained, totals, strict=True):
+        if tensors:
+            x.pull_back(start, stop, chunk, total)
+    return values
 
 
 def _one_number(g: Tensor) -> bool:

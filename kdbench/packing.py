@@ -164,6 +164,8 @@ def _try(model: Any) -> bool:
     lengths = torch.tensor([5, 2, 7], device=parameter.device)
     ids = (torch.arange(21, device=parameter.device).view(3, 7) * 7 + 1) % vocab
     modes = [(module, module.training) for module in model.modules()]
+    products = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # what is compared here are kernels, not roundings
     model.eval()
     try:
         with torch.no_grad(), torch.autocast(parameter.device.type, enabled=False):
@@ -180,6 +182,7 @@ def _try(model: Any) -> bool:
     except Exception:  # whatever an architecture does not take, it is run with padding
         works = False
     finally:
+        torch.set_float32_matmul_precision(products)
         for module, training in modes:
             module.training = training
     if not works:

@@ -7,7 +7,6 @@ caps its logits afterwards is run whole instead, so that nothing is silently dif
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -273,8 +272,7 @@ class _Shared:
             return _predict(CausalLM(self.model), batch)
         versions = [param._version for param in self.model.parameters()]
         rows = [batch.get(name) for name in ("input_ids", "prompt_length", "length", "position_offset")]
-        same = len(rows) == len(self.rows) and all(map(operator.is_, rows, self.rows))
-        if self.made is None or not same or self.versions != versions:
+        if self.made is None or not all(map(_equal, rows, self.rows)) or self.versions != versions:
             asked = [param.requires_grad for param in self.trained]
             for param in self.trained:
                 param.requires_grad_(True)
@@ -286,6 +284,13 @@ class _Shared:
                     param.requires_grad_(wanted)
             self.rows, self.versions = rows, versions
         return self.made if torch.is_grad_enabled() else self.made.detached()
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two fields are the same, or hold the same."""
+    if one is None or other is None or one is other:
+        return one is other
+    return torch.equal(one, other)
 
 
 _shared: ContextVar[_Shared | None] = ContextVar("shared", default=None)
