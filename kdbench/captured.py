@@ -3,7 +3,8 @@
 A decoding step of a small model is a hundred kernels of microseconds, and the host cannot launch them as fast
 as they run. So the whole step, the draw of the token included, is captured once per bucket (rows, width) and
 replayed; every `CHECK_EVERY` tokens the host looks which rows have ended, and when half of them have, the
-rest goes on in a smaller bucket. The graph reads the weights of buffers that each rollout fills anew.
+rest goes on in a smaller bucket. All graphs of a model read its weights from the same buffers, which each
+rollout fills anew.
 
 Source: own; the draw and its keys are those of `rollout`, so that both give the same tokens up to rounding.
 """
@@ -23,6 +24,7 @@ from kdbench.predict import CausalLM
 
 CHECK_EVERY = 32  # tokens between two looks of the host
 WIDTH = 64  # a bucket's width is a multiple of this
+KEPT = 16  # buckets of a model that are kept, those that were used last
 
 Draw = Callable[[list[Tensor], Tensor], Tensor]
 """Tokens [n] from the logits [n, V] of each model and uniform numbers [n, 1]."""
@@ -57,8 +59,9 @@ def sample(
     """
     n, most = shares.shape
     width = -(-(int(lengths.max()) + max(view.width for view in views) + most) // WIDTH) * WIDTH
+    for view in views:
+        _weights_of(view).load(view)
     bucket = _bucket(views, rows_of(n), width, draw, name, eos)
-    bucket.load(views)
     bucket.start(views, ids, lengths, shares, room)
     where = torch.arange(n)  # of each row of the bucket, which row it is
     tokens, said = torch.zeros(n, most, dtype=torch.long), torch.zeros(n, most, dtype=torch.float64)
@@ -76,7 +79,6 @@ def sample(
             break
         if len(left) <= live // 2 and rows_of(len(left)) < bucket.rows and last < most:
             smaller = _bucket(views, rows_of(len(left)), width, draw, name, eos)
-            smaller.load(views)
             smaller.take(bucket, left)
             bucket, where = smaller, where[left]
     behind = torch.arange(most) >= count[:, None]
@@ -89,12 +91,19 @@ _buckets: WeakKeyDictionary[nn.Module, dict[Any, Bucket]] = WeakKeyDictionary()
 def _bucket(views: list[CausalLM], rows: int, width: int, draw: Draw, name: Any, eos: Tensor) -> Bucket:
     """The bucket of that shape for these models, made and captured once."""
     known = _buckets.setdefault(views[0].inner, {})
-    # a bucket reads the tables of its models in place, and keeps them: no other model has them there
-    models = tuple((view.inner.transformer.wte.weight.data_ptr(), view.vocab, _dtype(view)) for view in views)
-    key = (rows, width, models, name, tuple(eos.tolist()))
-    if key not in known:
-        known[key] = Bucket(views, rows, width, draw, eos)
-    return known[key]
+    key = (rows, width, tuple(map(_place_of, views)), name, tuple(eos.tolist()))
+    bucket = known.pop(key, None) or Bucket(views, rows, width, draw, eos)
+    known[key] = bucket  # behind those that were used before
+    while len(known) > KEPT:
+        del known[next(iter(known))]
+    return bucket
+
+
+def _place_of(view: CausalLM) -> tuple[int, int, torch.dtype]:
+    """What tells models apart: a bucket reads the tables of its models in place, and keeps them, so that no
+    other model has them there.
+    """
+    return view.inner.transformer.wte.weight.data_ptr(), view.vocab, _dtype(view)
 
 
 def _dtype(view: CausalLM) -> torch.dtype:
@@ -126,12 +135,8 @@ class Bucket:
         self.index = torch.zeros(1, dtype=torch.long, device=device)  # tokens drawn so far
         self.graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
-            self._capture()
-
-    def load(self, views: list[CausalLM]) -> None:
-        """Take over the models' weights as they are."""
-        for model, view in zip(self.models, views, strict=True):
-            model.load(view)
+            with torch.cuda.device(device):
+                self._capture()
 
     def start(
         self, views: list[CausalLM], ids: Tensor, lengths: Tensor, shares: Tensor, room: Tensor
@@ -195,21 +200,52 @@ class Bucket:
                 self._step()
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(self.graph):
+        # one pool for all: no graph needs what another left there. Other threads may use the device meanwhile
+        pool = _pools.setdefault(self.index.device, torch.cuda.graph_pool_handle())
+        with torch.no_grad(), torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self._step()
+
+
+_pools: dict[torch.device, Any] = {}
+
+
+class _Weights:
+    """A GPT-2's matrices in buffers of the precision of matrix products, which all of its buckets read."""
+
+    def __init__(self, view: CausalLM) -> None:
+        self.dtype = _dtype(view)
+        head = view.inner.get_output_embeddings()
+        self.blocks = [_FixedBlock(block, self.dtype) for block in view.inner.transformer.h]
+        self.head = torch.empty_like(head.weight[: view.vocab], dtype=self.dtype)
+        self.head_bias = None if head.bias is None else head.bias[: view.vocab]
+
+    def load(self, view: CausalLM) -> None:
+        """Take over the weights as they are."""
+        with torch.no_grad():
+            self.head.copy_(view.inner.get_output_embeddings().weight[: view.vocab])
+            for mine, block in zip(self.blocks, view.inner.transformer.h, strict=True):
+                mine.load(block)
+
+
+_weights: WeakKeyDictionary[nn.Module, dict[Any, _Weights]] = WeakKeyDictionary()
+
+
+def _weights_of(view: CausalLM) -> _Weights:
+    """The buffers of a model, made once."""
+    known, key = _weights.setdefault(view.inner, {}), _place_of(view)
+    if key not in known:
+        known[key] = _Weights(view)
+    return known[key]
 
 
 class _Fixed:
     """One GPT-2 of a bucket: weights, keys and values at fixed places, the slot a number on the device."""
 
     def __init__(self, view: CausalLM, rows: int, width: int) -> None:
-        trunk, head = view.inner.transformer, view.inner.get_output_embeddings()
+        trunk, self.weights = view.inner.transformer, _weights_of(view)
         self.device, self.dtype, self.rows, self.width = trunk.wte.weight.device, _dtype(view), rows, width
-        self.blocks = [_FixedBlock(block, self.dtype) for block in trunk.h]
         self.tables = trunk.wte.weight.detach(), trunk.wpe.weight.detach()
         self.norm = norm_of(trunk.ln_f)
-        self.head = torch.empty_like(head.weight[: view.vocab], dtype=self.dtype)
-        self.head_bias = None if head.bias is None else head.bias[: view.vocab]
         shape = (rows, trunk.h[0].attn.num_heads, width, trunk.h[0].attn.head_dim)
         made = {"dtype": self.dtype, "device": self.device}
         self.cache = [(torch.zeros(shape, **made), torch.zeros(shape, **made)) for _ in trunk.h]
@@ -218,13 +254,6 @@ class _Fixed:
         self.positions = torch.zeros(rows, dtype=torch.long, device=self.device)
         exact = torch.promote_types(self.dtype, torch.float32)
         self.logits = torch.zeros(rows, view.vocab, dtype=exact, device=self.device)
-
-    def load(self, view: CausalLM) -> None:
-        """Take over the weights as they are."""
-        with torch.no_grad():
-            self.head.copy_(view.inner.get_output_embeddings().weight[: view.vocab])
-            for mine, block in zip(self.blocks, view.inner.transformer.h, strict=True):
-                mine.load(block)
 
     def start(self, view: CausalLM, ids: Tensor, lengths: Tensor) -> None:
         """Read the prompts."""
@@ -264,7 +293,7 @@ class _Fixed:
         last = self.tables[1].shape[0] - 1  # rows that are done run on beyond their room
         x = self.tables[0][tokens] + self.tables[1][self.positions.clamp(max=last)]
         self.bias.index_fill_(3, self.slot, 0.0)
-        for block, (keys, values) in zip(self.blocks, self.cache, strict=True):
+        for block, (keys, values) in zip(self.weights.blocks, self.cache, strict=True):
             q, k, v = block.attend(x)
             keys.index_copy_(2, self.slot, k[:, :, None])
             values.index_copy_(2, self.slot, v[:, :, None])
@@ -278,8 +307,8 @@ class _Fixed:
         self.positions.add_(1)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        bias = None if self.head_bias is None else self.head_bias.to(self.dtype)
-        return linear(hidden.to(self.dtype), self.head, bias)
+        bias = self.weights.head_bias
+        return linear(hidden.to(self.dtype), self.weights.head, None if bias is None else bias.to(self.dtype))
 
 
 class _FixedBlock:

@@ -428,6 +428,8 @@ class Trainer:
         for entry in optimizer.adam.param_groups:
             entry["lr"] = self._lr(optimizer.settings)
         optimizer.adam.step()
+        for param in optimizer.params.values():  # what torch's fused kernel does not tell
+            torch.autograd.graph.increment_version(param)
         optimizer.adam.zero_grad(set_to_none=True)
         optimizer.updates += 1
 

@@ -45,7 +45,7 @@ _CHUNK = {"cpu": (192, 3 * 2**20), "cuda": (2**20, 2**26)}
 """Rows at most, and logits at most, that are projected at once: on a CPU, 12 MiB in float32 for each model,
 which is enough for an efficient matrix product."""
 
-_BLOCK = {"cpu": 2**17, "cuda": 2**26}
+_BLOCK = {"cpu": 2**17, "cuda": 2**24}
 """Logits to which a formula is applied at once: on a CPU, what stays in its cache."""
 
 

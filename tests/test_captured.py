@@ -334,6 +334,19 @@ def test_a_bucket_reads_the_weights_as_they_are(by_captured: Roll) -> None:
     assert all(now[key] is one for key, one in kept.items())
 
 
+def test_buckets_of_a_model_share_its_weights_and_few_are_kept(
+    by_captured: Roll, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_gpt2(1, width=16, layers=2)
+    monkeypatch.setattr(captured, "KEPT", 3)
+    for rows in (20, 12, 3, 1, 20):
+        for new in (3, 14):
+            one = rollout.rollout(model, many(rows), Draw(5), new)
+            assert_same(by_captured(model, many(rows), Draw(5), new), one)
+            assert len(buckets(model)) <= 3
+    assert len({id(bucket.models[0].weights) for bucket in buckets(model).values()}) == 1
+
+
 def test_a_bucket_follows_weights_that_are_exchanged_or_cast(by_captured: Roll) -> None:
     model, batch = tiny_gpt2(1, width=16, layers=2), many(9)
     by_captured(model, batch, Draw(5), 9)
