@@ -200,13 +200,8 @@ class Bucket:
                 self._step()
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        # one pool for all: no graph needs what another left there. Other threads may use the device meanwhile
-        pool = _pools.setdefault(self.index.device, torch.cuda.graph_pool_handle())
-        with torch.no_grad(), torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.no_grad(), torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self._step()
-
-
-_pools: dict[torch.device, Any] = {}
 
 
 class _Weights:

@@ -58,5 +58,7 @@ class KD(Distiller):
         """Return the weighted sum and both terms at each position, nats."""
         ratio, temperature = self.cfg.kd_ratio, self.cfg.temperature
         ce = cross_entropy(q, targets)
-        kd = self.factor * self.divergence(q / temperature, p / temperature)
+        if temperature != 1:
+            q, p = q / temperature, p / temperature
+        kd = self.factor * self.divergence(q, p)
         return (1 - ratio) * ce + ratio * kd, ce, kd
