@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
 
 from kdbench.decoding import aligned, can_be_written_out, norm_of, prefilled, scale_of
-from kdbench.predict import CausalLM
+from kdbench.predict import ALIGNED, CausalLM
 
 CHECK_EVERY = 32  # tokens between two looks of the host
 WIDTH = 64  # a bucket's width is a multiple of this
@@ -211,13 +211,14 @@ class _Weights:
         self.dtype = _dtype(view)
         head = view.inner.get_output_embeddings()
         self.blocks = [_FixedBlock(block, self.dtype) for block in view.inner.transformer.h]
-        self.head = torch.empty_like(head.weight[: view.vocab], dtype=self.dtype)
+        self.vocab, rows = view.vocab, view.vocab + -view.vocab % ALIGNED
+        self.head = torch.zeros(rows, head.weight.shape[1], dtype=self.dtype, device=head.weight.device)
         self.head_bias = None if head.bias is None else head.bias[: view.vocab]
 
     def load(self, view: CausalLM) -> None:
         """Take over the weights as they are."""
         with torch.no_grad():
-            self.head.copy_(view.inner.get_output_embeddings().weight[: view.vocab])
+            self.head[: self.vocab].copy_(view.inner.get_output_embeddings().weight[: view.vocab])
             for mine, block in zip(self.blocks, view.inner.transformer.h, strict=True):
                 mine.load(block)
 
@@ -303,7 +304,8 @@ class _Fixed:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         bias = self.weights.head_bias
-        return linear(hidden.to(self.dtype), self.weights.head, None if bias is None else bias.to(self.dtype))
+        logits = linear(hidden.to(self.dtype), self.weights.head)[:, : self.weights.vocab]
+        return logits if bias is None else logits + bias.to(self.dtype)
 
 
 class _FixedBlock:

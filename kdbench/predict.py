@@ -22,6 +22,8 @@ from kdbench.clock import detail, role_of
 from kdbench.distiller import Batch, target_mask
 from kdbench.prompts import PromptedModel
 
+ALIGNED = 64  # a head's rows on a GPU are filled up to a multiple of this
+
 
 class Prediction:
     """Next-token distributions at N positions, as hidden states and the head that turns them into logits."""
@@ -109,7 +111,7 @@ class Prediction:
         own = self.hidden[start:stop].detach()
         own.requires_grad_(self.hidden.requires_grad)
         with torch.enable_grad():
-            logits = self._head(own)[..., : self.vocab]
+            logits = self._project(own)
         asked = [own if tensor is self.hidden else tensor for tensor in self._trained]
         found = torch.autograd.grad(logits, asked, gradient.to(logits.dtype), allow_unused=True)
         for tensor, total, value in zip(self._trained, into, found, strict=True):
@@ -119,15 +121,24 @@ class Prediction:
                 total += value
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        head: Any = self._head
-        if type(head) is nn.Linear and self.vocab < head.out_features:  # no logits that nobody reads
-            bias = None if head.bias is None else head.bias[: self.vocab]
-            logits = linear(hidden, head.weight[: self.vocab], bias)
-        else:
-            logits = head(hidden)
-            logits = logits if logits.shape[-1] == self.vocab else logits[..., : self.vocab]
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = self._project(hidden)
+        # rows without a gap between them: what comes next reads them many times
+        logits = (logits if logits.dtype == torch.float64 else logits.float()).contiguous()
         return logits if self._scale == 1 else logits * self._scale
+
+    def _project(self, hidden: Tensor) -> Tensor:
+        """The head's logits [..., V], in its own precision."""
+        head: Any = self._head
+        more = -self.vocab % ALIGNED if hidden.device.type == "cuda" else 0
+        if type(head) is nn.Linear and (more or self.vocab < head.out_features):
+            # no logits that nobody reads, but for some on a GPU, whose fast kernels want a round number
+            weight, bias = head.weight[: self.vocab], None if head.bias is None else head.bias[: self.vocab]
+            if more:
+                weight = nn.functional.pad(weight, (0, 0, 0, more))
+                bias = None if bias is None else nn.functional.pad(bias, (0, more))
+            return linear(hidden, weight, bias)[..., : self.vocab]
+        logits: Tensor = head(hidden)
+        return logits if logits.shape[-1] == self.vocab else logits[..., : self.vocab]
 
 
 _splits: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()

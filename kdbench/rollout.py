@@ -293,11 +293,31 @@ class _Sampler:
 
 def inverse_cdf(probabilities: Tensor, u: Tensor) -> Tensor:
     """Return one token per row: the first whose cumulative mass exceeds the share `u` [B] of the total."""
+    if probabilities.device.type == "cuda":
+        return inverse_cdf_in_blocks(probabilities, u)
     cdf = probabilities.cumsum(-1, dtype=torch.float64)
     total = cdf[:, -1:].contiguous()
     tokens = torch.searchsorted(cdf, u.view(-1, 1) * total, right=True)
     last = torch.searchsorted(cdf, total)  # the first that reaches the total: never a token of no mass
     return torch.minimum(tokens, last)[:, 0]
+
+
+def inverse_cdf_in_blocks(probabilities: Tensor, u: Tensor, block: int = 256) -> Tensor:
+    """`inverse_cdf` by sums of blocks, then inside of one: a GPU scans a row of the vocabulary slowly."""
+    n, vocab = probabilities.shape
+    blocks = pad(probabilities, (0, -vocab % block)).view(n, -1, block)
+    sums = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    total = sums[:, -1:].contiguous()
+    target = u.view(-1, 1) * total
+    reached = torch.searchsorted(sums, total)  # the first block that reaches the total
+    which = torch.minimum(torch.searchsorted(sums, target, right=True), reached)
+    which = which.clamp(max=blocks.shape[1] - 1)  # one more where the total is not finite
+    before = torch.where(which > 0, sums.gather(1, (which - 1).clamp(min=0)), 0.0)
+    inside = blocks.gather(1, which[:, :, None].expand(-1, -1, block))[:, 0].cumsum(-1, dtype=torch.float64)
+    place = torch.searchsorted(inside, target - before, right=True)
+    last = torch.searchsorted(inside, inside[:, -1:].contiguous())  # never a token of no mass
+    tokens = (which * block + torch.minimum(place, last))[:, 0]
+    return torch.where(total[:, 0].isnan(), vocab, tokens)
 
 
 def _closed_up(keep: Tensor) -> Tensor:

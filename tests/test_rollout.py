@@ -18,7 +18,14 @@ from kdbench.decoding import CachedStream, GPT2Stream
 from kdbench.distiller import Batch
 from kdbench.predict import CausalLM
 from kdbench.prompts import PromptedModel, SoftPrompt
-from kdbench.rollout import Draw, _NgramBan, evaluating, inverse_cdf, rollout
+from kdbench.rollout import (
+    Draw,
+    _NgramBan,
+    evaluating,
+    inverse_cdf,
+    inverse_cdf_in_blocks,
+    rollout,
+)
 from kdbench.streams import generator, stream_seed, uniform
 
 PROMPTS = [[3, 4], [5], [6, 7, 8, 9, 10, 11, 12], [1, 2, 3], [4, 4], [9, 8, 7, 6], [2], [12, 1, 5]]
@@ -424,3 +431,28 @@ def test_logits_of_a_stream_equal_those_of_single_rows(kind: Any, soft: bool) ->
 def check_logits(logits: Tensor, model: nn.Module, rows: list[list[int]]) -> None:
     expected = np.stack([next_probabilities(model, row) for row in rows])
     np.testing.assert_allclose(torch.softmax(logits, -1).numpy(), expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 8, 9, 64, 501])
+def test_the_inverse_in_blocks_is_the_inverse(vocab: int) -> None:
+    """With tokens and blocks of no mass, both ends of [0, 1), and a distribution that is not finite."""
+    draw = torch.Generator().manual_seed(vocab)
+    p = torch.rand(400, vocab, dtype=torch.float64, generator=draw) ** 6
+    p = p * (torch.rand(400, vocab, generator=draw) < 0.3)
+    p[:, -1] += (p.sum(-1) == 0).double()
+    p[:50, : vocab // 2] = 0
+    p[50:100, vocab // 2 :] = 0
+    p[50:100, 0] += 1
+    p[:50, -1] += 1
+    u = torch.rand(400, dtype=torch.float64, generator=draw)
+    plain = inverse_cdf_in_blocks(p, u, block=8)
+    assert torch.equal(plain, inverse_cdf(p, u)), "no random share is within rounding of a step"
+    u[::2], u[1::2] = 0.0, 1 - 2.0**-53
+    ends = inverse_cdf_in_blocks(p, u, block=8)
+    assert bool((p.gather(1, ends[:, None]) > 0).all())
+    assert torch.equal(ends[::2], (p[::2] > 0).int().argmax(-1)), "the first of any mass"
+    cdf = p.cumsum(-1)
+    reached = cdf.gather(1, ends[:, None])[1::2, 0]
+    assert bool((reached >= (1 - 1e-12) * cdf[1::2, -1]).all()), "the last of any mass, up to rounding"
+    p[0] = torch.nan
+    assert int(inverse_cdf_in_blocks(p, u, block=8)[0]) == vocab
