@@ -22,6 +22,13 @@ names no value of a spread axis, which is the mean over the values that the line
 an axis may have other test sets whose prompts bear the same numbers: on such a board prompts are the same
 only where they are also read by the same columns' scores.
 
+A board may say that lines are averaged over an axis which no column names (`average`): it is spread too, and
+rows that do not have it stand beside those that do. A column against another row, or of the share of values
+above it, sets each combination of a line beside that row's at the same training seed and the same values of
+the axes that both have, and is the mean over those combinations. A difference is taken in each resample, so
+what both share drops out of its interval; a share has an interval over training seeds alone. Local lines are
+set beside local ones of the other row where there are some, all others beside published ones.
+
 How far to trust it, from simulated boards of six equal rows with three seeds and 300 prompts: an interval of
 a difference covers 0 in 93.5 % of the cases when all noise is between training seeds (74 % without k), in
 over 99 % when prompts add noise as they do in practice. Some row is wrongly told from the best in under 1 %
@@ -87,6 +94,10 @@ class ColumnInfo(Protocol):
     @property
     def mean(self) -> Sequence[str]: ...
     @property
+    def against(self) -> str: ...
+    @property
+    def above(self) -> str: ...
+    @property
     def title(self) -> str: ...
     @property
     def unit(self) -> str: ...
@@ -131,9 +142,11 @@ class BoardInfo(Protocol):
     @property
     def columns(self) -> Sequence[ColumnInfo]: ...
     @property
+    def average(self) -> Sequence[str]: ...
+    @property
     def folder(self) -> Path | None: ...
 
-    def axis_values(self, size: str | None = None) -> Sequence[Mapping[str, Any]]: ...
+    def row_axis_values(self, name: str, size: str | None = None) -> Sequence[Mapping[str, Any]]: ...
 
 
 @dataclass(frozen=True)
@@ -192,11 +205,14 @@ def read_entries(paths: Iterable[Path], local: bool) -> tuple[list[Entry], list[
 def _question(board: BoardInfo, size: str) -> str:
     """Identity of all that statistics depend on besides records."""
     columns: list[list[Any]] = [
-        [c.score, c.title, c.unit, c.direction, c.rank, c.digits, *([c.at, c.mean] if c.at or c.mean else [])]
+        [c.score, c.title, c.unit, c.direction, c.rank, c.digits]
+        + ([c.at, c.mean] if c.at or c.mean else [])
+        + ([c.key] if c.against or c.above else [])
         for c in board.columns
     ]
     rows = [[row.name, row.title, row.reference] for row in board.rows]
-    head = [board.id, board.title, board.question, board.budgets, size]
+    head: list[Any] = [board.id, board.title, board.question, board.budgets, size]
+    head += [list(board.average)] if board.average else []
     return hashlib.sha256(json.dumps([VERSION, RESAMPLES, head, columns, rows]).encode()).hexdigest()
 
 
@@ -261,9 +277,15 @@ def report(board: BoardInfo, runs: Path | None = None, size: str | None = None) 
 
 
 # --------------------------------------------------------------------------------------------- statistics
-def spread_axes(columns: Iterable[ColumnInfo]) -> list[str]:
-    """The axes whose values stand side by side in columns, in the order in which these name them."""
-    return list(dict.fromkeys(axis for column in columns for axis in column.at))
+def spread_axes(board: BoardInfo) -> list[str]:
+    """The axes within a line: those of columns, in the order in which these name them, then those that a line
+    is averaged over.
+    """
+    return list(dict.fromkeys([*(axis for column in board.columns for axis in column.at), *board.average]))
+
+
+def _spread_values(record: RunRecord, spread: Sequence[str]) -> dict[str, Any]:
+    return {axis: record.axes[axis] for axis in spread if axis in record.axes}
 
 
 def _named(axes: Mapping[str, Any]) -> str:
@@ -273,6 +295,11 @@ def _named(axes: Mapping[str, Any]) -> str:
 def _same(one: object, other: object) -> bool:
     """Whether two axis values are the same: 1 is neither true nor 1.0."""
     return type(one) is type(other) and one == other
+
+
+def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether the axes that both have are at the same values."""
+    return all(_same(one[axis], other[axis]) for axis in one.keys() & other.keys())
 
 
 @dataclass
@@ -304,9 +331,9 @@ class _Line:
         ]
 
 
-def _lines(entries: Sequence[Entry], columns: Sequence[ColumnInfo], warnings: list[str]) -> list[_Line]:
+def _lines(entries: Sequence[Entry], board: BoardInfo, warnings: list[str]) -> list[_Line]:
     """The lines of the table: of each seed the newest finished run, and a failed one if it is newer still."""
-    spread = spread_axes(columns)
+    spread = spread_axes(board)
     published = {entry.record.run_id for entry in entries if not entry.local}
     lines: dict[tuple[str, str, bool], _Line] = {}
     finished: dict[tuple[str, int], list[str]] = {}
@@ -314,7 +341,7 @@ def _lines(entries: Sequence[Entry], columns: Sequence[ColumnInfo], warnings: li
         record = entry.record
         if entry.local and record.run_id in published:
             continue
-        mine = {axis: record.axes[axis] for axis in spread if axis in record.axes}
+        mine = _spread_values(record, spread)
         axes = {axis: value for axis, value in record.axes.items() if axis not in mine}
         key = (record.row, json.dumps(axes, sort_keys=True), entry.local)
         line = lines.setdefault(key, _Line(record.row, axes, entry.local, {}, {}, []))
@@ -339,7 +366,7 @@ def _lines(entries: Sequence[Entry], columns: Sequence[ColumnInfo], warnings: li
         if count > 1:
             name = _name(line.name, line.axes, line.local)
             warnings.append(f"row '{name}': its runs are of {count} revisions of method or task.")
-        order = _order(line.parts, spread, columns)
+        order = _order(line.parts, spread, board.columns)
         line.parts = {part: line.parts[part] for part in order}
         line.done = {part: line.done[part] for part in order if part in line.done}
     return [lines[key] for key in sorted(lines)]
@@ -390,7 +417,7 @@ class _Cell:
     known) are told for each. `lacking`: some have prompts, and some of them not.
     """
 
-    parts: list[str]  # the combinations
+    parts: dict[str, dict[str, Any]]  # the values of each combination
     values: dict[int, float]
     samples: "dict[int, Array]"
     prompts: dict[tuple[str, str], dict[int, str]]
@@ -447,25 +474,24 @@ def seed_weights(seeds: tuple[int, ...]) -> "Array":
     return intervals.seed_weights(seeds, RESAMPLES)
 
 
+_Found = dict[tuple[str, str], _Cell]  # the cells of a line, by score and combination
 _Job = tuple[Score, "dict[str, Array]", "Array"]  # a score, its inputs, and where its resamples go [R]
 
 
-def _cells(
-    lines: Sequence[_Line], columns: Sequence[ColumnInfo], warnings: list[str]
-) -> list[dict[str, _Cell]]:
+def _cells(lines: Sequence[_Line], board: BoardInfo, warnings: list[str]) -> list[dict[str, _Cell]]:
     """For each line the cell of every column that it has, resampled over prompts."""
     import numpy as np
 
     from kdbench import counterfactuals  # noqa: F401  it adds estimators
     from kdbench.estimators import ESTIMATORS
 
-    scores = list(dict.fromkeys(column.score for column in columns if not column.mean))
-    spread = bool(spread_axes(columns))
-    found: list[dict[tuple[str, str], _Cell]] = []
+    scores = list(dict.fromkeys(column.score for column in board.columns if not column.mean))
+    spread = bool(spread_axes(board))
+    found: list[_Found] = []
     jobs: dict[str, list[_Job]] = {}
     strata: dict[str, Array] = {}
     for line in lines:
-        mine: dict[tuple[str, str], _Cell] = {}
+        mine: _Found = {}
         for part, entry in ((part, runs[seed]) for part, runs in line.done.items() for seed in sorted(runs)):
             record, seed, loaded = entry.record, entry.record.seed, None
             for name in scores:
@@ -473,7 +499,7 @@ def _cells(
                 if value is None:
                     continue
                 key = (name, part)
-                cell = mine.setdefault(key, _Cell([part], {}, {}, {key: {}}, {key: {}}))
+                cell = mine.setdefault(key, _Cell({part: line.parts[part]}, {}, {}, {key: {}}, {key: {}}))
                 cell.conditions[key].update(record.conditions(name))
                 cell.values[seed] = value
                 score = record.scores.get(name)
@@ -503,7 +529,8 @@ def _cells(
             weights = _prompt_weights(strata[identity], identity, chunk)
             rows = slice(chunk * _CHUNK, min((chunk + 1) * _CHUNK, RESAMPLES))
             _resample(group, weights, rows, together=spread)
-    return [_of_columns(line, mine, columns) for line, mine in zip(lines, found, strict=True)]
+    table = list(zip(lines, found, strict=True))
+    return [_of_columns(line, mine, board.columns, table, warnings) for line, mine in table]
 
 
 def _readers(record: RunRecord, score: Score, names: Sequence[str]) -> list[str]:
@@ -537,19 +564,29 @@ def _resample(jobs: Sequence[_Job], weights: "Array", rows: slice, together: boo
         values = np.stack([inputs["values"][inside] for _, inputs, _ in group], axis=1)
         with np.errstate(invalid="ignore"):  # a set without prompts has no mean
             drawn = (shares @ values.astype(weights.dtype)) / shares.sum(axis=1, keepdims=True)
-        for (_, _, samples), column in zip(group, drawn.T, strict=True):
-            samples[rows] = column[: rows.stop - rows.start]
+        first: dict[bytes, int] = {}  # equal runs differ by nothing, not even by rounding
+        for at, (_, _, samples) in enumerate(group):
+            same = first.setdefault(values[:, at].tobytes(), at)
+            samples[rows] = drawn[: rows.stop - rows.start, same]
 
 
 def _of_columns(
-    line: _Line, found: Mapping[tuple[str, str], _Cell], columns: Sequence[ColumnInfo]
+    line: _Line,
+    found: _Found,
+    columns: Sequence[ColumnInfo],
+    table: Sequence[tuple[_Line, _Found]],
+    warnings: list[str],
 ) -> dict[str, _Cell]:
-    """The cells of a line's columns, by key, from those of its scores at each combination."""
+    """The cells of a line's columns, by key, from those of its scores at each combination; `table` has these
+    of all lines.
+    """
     cells: dict[str, _Cell] = {}
     for column in columns:
         if not column.mean:
             keys = [(column.score, part) for part in line.at(column.at)]
             parts = [found[key] for key in keys if key in found]
+            if column.against or column.above:
+                parts = _beside(column, line, parts, table, warnings)
             if parts and (cell := _mean_of(parts)) is not None:
                 cells[column.key] = cell
     titles = {column.title: column.key for column in columns}
@@ -559,6 +596,69 @@ def _of_columns(
             if cell is not None:
                 cells[column.key] = cell
     return cells
+
+
+def _beside(
+    column: ColumnInfo,
+    line: _Line,
+    cells: Sequence[_Cell],
+    table: Sequence[tuple[_Line, _Found]],
+    warnings: list[str],
+) -> list[_Cell]:
+    """Cells of a line, one per combination, set beside those of another row; without those that it lacks."""
+    name, score = column.against or column.above, column.score
+    others = [
+        (other, found)
+        for other, found in table
+        if other.name == name and _agree(line.axes, other.axes) and any(key[0] == score for key in found)
+    ]
+    others = [one for one in others if one[0].local == line.local] or [
+        one for one in others if not one[0].local
+    ]
+    if column.above and any(other is line for other, _ in others):
+        return []
+    made, refused = [], dict[str, int]()
+    for cell in cells:
+        ((_, values),) = cell.parts.items()
+        matches = [
+            found[score, part]
+            for other, found in others
+            for part, theirs in other.parts.items()
+            if (score, part) in found and _agree({**line.axes, **values}, {**other.axes, **theirs})
+        ]
+        match = _mean_of(matches) if matches else None
+        if match is None:
+            continue
+        if differs := _other(cell, match, f"row '{name}'"):
+            refused[differs] = refused.get(differs, 0) + 1
+        elif (one := _above(cell, match) if column.above else _less(cell, match)) is not None:
+            made.append(one)
+    for differs, count in refused.items():
+        whose = f"row '{_name(line.name, line.axes, line.local)}', column '{column.title}'"
+        warnings.append(f"{whose}: {count} of {len(cells)} values left out: {differs}.")
+    return made
+
+
+def _less(cell: _Cell, other: _Cell) -> _Cell | None:
+    """A cell less another, for the training seeds that both have; None where there are none."""
+    seeds = sorted(cell.values.keys() & other.values.keys())
+    drawn = [seed for seed in seeds if seed in cell.samples and seed in other.samples]
+    made = replace(
+        cell,
+        values={seed: cell.values[seed] - other.values[seed] for seed in seeds},
+        samples={seed: cell.samples[seed] - other.samples[seed] for seed in drawn},
+        lacking=bool(cell.samples or other.samples) and len(drawn) < len(seeds),
+    )
+    return made if seeds else None
+
+
+def _above(cell: _Cell, other: _Cell) -> _Cell | None:
+    """100 where a cell's value is above the other's and else 0, for the training seeds that both have; None
+    where there are none.
+    """
+    seeds = sorted(cell.values.keys() & other.values.keys())
+    values = {seed: 100.0 * (cell.values[seed] > other.values[seed]) for seed in seeds}
+    return replace(cell, values=values, samples={}, lacking=False) if seeds else None
 
 
 def _mean_of(cells: Sequence[_Cell]) -> _Cell | None:
@@ -572,7 +672,7 @@ def _mean_of(cells: Sequence[_Cell]) -> _Cell | None:
         return None
     drawn = [seed for seed in seeds if all(seed in cell.samples for cell in cells)]
     return _Cell(
-        parts=list(dict.fromkeys(part for cell in cells for part in cell.parts)),
+        parts={part: values for cell in cells for part, values in cell.parts.items()},
         values={seed: float(np.mean([cell.values[seed] for cell in cells])) for seed in seeds},
         samples={seed: np.mean([cell.samples[seed] for cell in cells], axis=0) for seed in drawn},
         prompts={key: value for cell in cells for key, value in cell.prompts.items()},
@@ -667,22 +767,33 @@ def _compare(column: ColumnInfo, cells: "Sequence[tuple[_Cell, dict[str, Any], A
         out["difference"] = {"value": value, "interval": interval, "p": p, "p_holm": p_holm, "tied": tied}
 
 
-def _other(cell: _Cell, best: _Cell) -> str:
-    """What keeps a cell from being compared with the best one, '' where nothing does."""
-    if cell.prompts.keys() != best.prompts.keys():
-        return "mean over other values of the spread axes than the best row"
-    for key, mine in cell.prompts.items():
-        theirs = best.prompts[key]
+def _other(cell: _Cell, best: _Cell, whom: str = "the best row") -> str:
+    """What keeps a cell from being compared with the best one or another, '' where nothing does.
+
+    An axis that one of two rows does not have keeps nothing.
+    """
+    pairs = [
+        (mine, theirs)
+        for mine in cell.prompts
+        for theirs in best.prompts
+        if mine[0] == theirs[0] and _agree(cell.parts[mine[1]], best.parts[theirs[1]])
+    ]
+    met = [{pair[side] for pair in pairs} for side in (0, 1)]
+    if met[0] != cell.prompts.keys() or met[1] != best.prompts.keys():
+        return f"mean over other values of the spread axes than {whom}"
+    for key, other in pairs:
+        mine, theirs = cell.prompts[key], best.prompts[other]
         common = mine.keys() & theirs.keys()
         same = all(mine[seed] == theirs[seed] for seed in common)
         if not same or (not common and set(mine.values()) != set(theirs.values())):
-            return "other prompts or task revision than the best row"
-    for key, conditions in cell.conditions.items():
-        if conditions and best.conditions[key]:
+            return f"other prompts or task revision than {whom}"
+    for key, other in pairs:
+        conditions, known = cell.conditions[key], best.conditions[other]
+        if conditions and known:
             from kdbench.evidence import require_same_conditions
 
             try:
-                require_same_conditions(best.conditions[key], conditions, ("the best row", "this"))
+                require_same_conditions(known, conditions, (whom, "this"))
             except RecordError as error:
                 return str(error)
     return ""
@@ -710,9 +821,9 @@ def statistics(board: BoardInfo, entries: Sequence[Entry], size: str | None = No
         if entry.record.board != board.id:
             warnings.append(f"left out: {entry.path}: is a run of {entry.record.board}, not of {board.id}.")
     used = [entry for entry in entries if entry.record.board == board.id and entry.record.size == size]
-    lines, spread = _lines(used, board.columns, warnings), spread_axes(board.columns)
+    lines, spread = _lines(used, board, warnings), spread_axes(board)
     known = {row.name: row for row in board.rows}
-    cells = _cells(lines, board.columns, warnings)
+    cells = _cells(lines, board, warnings)
     rows: list[dict[str, Any]] = []
     compared: dict[tuple[str, str], list[tuple[_Cell, dict[str, Any], Array | None]]] = {}
     for line, mine in zip(lines, cells, strict=True):
@@ -728,15 +839,18 @@ def statistics(board: BoardInfo, entries: Sequence[Entry], size: str | None = No
             samples = _mean_samples(cell)
             finite = samples is not None and bool(np.isfinite(samples).all())
             over = ["training seeds"] * (len(cell.values) >= MIN_SEEDS) + ["prompts"] * bool(cell.samples)
+            interval = _interval(samples) if samples is not None and finite else None
+            if interval is not None and column.above:  # seeds weigh more than they are, shares do not
+                interval = [min(max(end, 0.0), 100.0) for end in interval]
             out[column.key] = {
                 "value": float(np.mean(list(cell.values.values()))),
-                "interval": _interval(samples) if samples is not None and finite else None,
+                "interval": interval,
                 "interval_over": over if finite else [],
                 "seeds": {str(seed): value for seed, value in sorted(cell.values.items())},
                 "best": False,
                 "test": "",
                 "difference": None,
-                **({"over": cell.parts} if spread else {}),
+                **({"over": list(cell.parts)} if spread else {}),
             }
             if column.direction != "none" and (cell.samples or cell.lacking) and not reference:
                 group = (column.key, json.dumps(line.axes, sort_keys=True))
@@ -745,6 +859,7 @@ def statistics(board: BoardInfo, entries: Sequence[Entry], size: str | None = No
             part: {str(seed): entry.record.run_id for seed, entry in sorted(done.items())}
             for part, done in line.done.items()
         }
+        failed = sorted(line.failed, key=lambda e: (e.record.seed, e.record.run_id))
         rows.append(
             {
                 "name": line.name,
@@ -755,8 +870,8 @@ def statistics(board: BoardInfo, entries: Sequence[Entry], size: str | None = No
                 "runs": runs if spread else runs.get("", {}),
                 "failed": [
                     {key: getattr(entry.record, key) for key in ("run_id", "seed", "status", "reason")}
-                    | ({"axes": {axis: entry.record.axes.get(axis) for axis in spread}} if spread else {})
-                    for entry in sorted(line.failed, key=lambda e: (e.record.seed, e.record.run_id))
+                    | ({"axes": _spread_values(entry.record, spread)} if spread else {})
+                    for entry in failed
                 ],
                 "cells": out,
             }
@@ -861,8 +976,10 @@ def _costs(
 def _column(column: ColumnInfo) -> dict[str, Any]:
     names = ("score", "title", "unit", "direction", "rank", "digits")
     told: dict[str, Any] = {name: getattr(column, name) for name in names}
-    if column.at or column.mean:
+    if column.at or column.mean or column.against or column.above:
         told |= {"key": column.key, "at": dict(column.at), "mean": list(column.mean)}
+    if column.against or column.above:
+        told |= {"against": column.against, "above": column.above}
     return told
 
 
@@ -955,8 +1072,9 @@ def _seeds(row: Mapping[str, Any]) -> str:
 
 
 def _spread(cell: Mapping[str, Any], column: Mapping[str, Any]) -> list[float] | None:
-    """The interval where it is shown: of scores over prompts that have a better and a worse."""
-    return cell["interval"] if column["direction"] != "none" and "prompts" in cell["interval_over"] else None
+    """The interval where it is shown: of shares and of scores over prompts that have a better and a worse."""
+    shown = column.get("above") or "prompts" in cell["interval_over"]
+    return cell["interval"] if column["direction"] != "none" and shown else None
 
 
 def _key(column: Mapping[str, Any]) -> str:
@@ -1003,10 +1121,24 @@ def _means(statistics: Statistics) -> list[str]:
     over: dict[str, list[str]] = {}
     for column in columns:
         left = [axis for axis in axes if axis not in column.get("at", {})]
-        if left and not column.get("mean"):
+        if left and not column.get("mean") and not column.get("above"):
             over.setdefault(" and ".join(left), []).append(column["title"])
     for said, titles in over.items():
         lines.append(f"{', '.join(titles)}: mean over the values of {said} that a row has.")
+    at = "at the same training seed" + (
+        f" and, as far as both have them, {' and '.join(axes)}" if axes else ""
+    )
+    for word, text in (
+        ("against", "less {row} {at}."),
+        ("above", "% of a row's values above {row} {at}; the interval is over seeds."),
+    ):
+        beside: dict[str, list[str]] = {}
+        for column in columns:
+            if column.get(word):
+                beside.setdefault(column[word], []).append(column["title"])
+        for name, named in beside.items():
+            row = next((row["title"] for row in statistics["rows"] if row["name"] == name), name)
+            lines.append(f"{', '.join(named)}: {text.format(row=row, at=at)}")
     if lines:
         lines.append("A mean is over those training seeds that have all its parts; – where there is none.")
     return lines
@@ -1179,8 +1311,9 @@ def _check_publishable(folder: Path, board: BoardInfo) -> tuple[RunRecord, list[
         raise UserError(f"{where}: seed {record.seed} is not one of the board's seeds ({seeds}).")
     if record.row not in {row.name for row in board.rows}:
         raise unknown("row", record.row, [row.name for row in board.rows], str(where))
-    if record.axes not in board.axis_values(record.size):
-        known = [", ".join(f"{axis}={one[axis]}" for axis in one) for one in board.axis_values(record.size)]
+    values = board.row_axis_values(record.row, record.size)
+    if record.axes not in values:
+        known = [", ".join(f"{axis}={one[axis]}" for axis in one) for one in values]
         given = ", ".join(f"{axis}={value}" for axis, value in record.axes.items())
         raise unknown("axis values", given, known, str(where))
     for analysis in board.analyses:

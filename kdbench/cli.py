@@ -143,17 +143,17 @@ def run(
     chosen = _size(question, size)
     rows = commands.rows_of(question, methods or [])
     numbers = _numbers(seeds, "--seeds") if seeds else list(question.seeds)
-    where = f"{question.id}, size {chosen}"
-    axes = commands.narrowed(question.axis_values(chosen), lambda one: one, axis, where)
+    axes = commands.chosen_axes(question, chosen, rows, axis)
     for name in rows:  # most mistakes are found here, before torch is imported
-        config.resolve(question, chosen, name, numbers[0], overrides, axes=axes[0], among=rows)
+        for values in axes[name][:1]:
+            config.resolve(question, chosen, name, numbers[0], overrides, axes=values, among=rows)
     places = _places(runs, data_root)
     threads = question.sizes[chosen].threads
     commands.quiet(threads)
     workers = None if dry_run else work.start(live=sys.stderr.isatty())
     commands.check_track(track)
     used = commands.device_of(device)
-    plans = commands.plans(question, chosen, rows, numbers, overrides, used, places(), axes)
+    plans = commands.plans(question, chosen, rows, numbers, overrides, used, places(), axis)
     todo = work.jobs_of(plans)
     finished = sum(plan.complete() for plan in plans)
     _say(f"{question.id}, size {chosen}: {len(plans)} runs, {finished} of them finished already")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +19,7 @@ from filelock import FileLock
 from kdbench import board as boards
 from kdbench import config, registry
 from kdbench.config import Board, RunConfig, resolve
-from kdbench.errors import UserError, unknown
+from kdbench.errors import Missing, UserError, unknown
 from kdbench.record import Analysis, RecordError, RunFolder, RunRecord, load, write_json
 from kdbench.strict import to_dict
 
@@ -140,27 +139,169 @@ def plans(
     overrides: Sequence[str],
     device: str,
     places: Places,
-    axes: Sequence[dict[str, Any]] | None = None,
+    axis: Sequence[str] = (),
 ) -> list[Plan]:
-    """Check every run; return them in order of seed, axis values and row.
+    """Check every run; return them in order of seed, axis values and row, each after the runs of other rows
+    that its roles name.
 
-    Args: `axes`: the combinations of axis values; None: all of the size.
+    On a board with axes, runs whose data is not there are left out and said, so long as any remain.
+
+    Args: `axis`: as in `narrowed`; it narrows the rows that are named, not what they need.
 
     Raises: UserError for the first that cannot be made.
     """
-    from kdbench.runner import Plan
-
     silence()
-    found: dict[str, Plan] = {}
-    tasks: dict[str, type[Any]] = {}
-    wanted = list(itertools.product(seeds, board.axis_values(size) if axes is None else axes, rows))
+    chosen = chosen_axes(board, size, rows, axis)
+    wanted = [
+        (seed, values, name)
+        for seed in seeds
+        for values in _distinct(one for name in rows for one in chosen[name])
+        for name in rows
+        if values in chosen[name]
+    ]
     if places.progress and len(wanted) > MANY:
         print(f"planning {len(wanted)} runs", file=sys.stderr, flush=True)
+    planner, missing = Planner(board, size, overrides, rows, device, places), dict[str, int]()
     for seed, values, name in wanted:
-        run = _run(board, size, name, seed, overrides, values, rows, device, tasks)
-        plan = Plan(run, places)
-        found.setdefault(plan.id, plan)
-    return list(found.values())
+        try:
+            planner.plan(name, seed, values)
+        except Missing as error:
+            if not board.axes:
+                raise
+            missing[str(error)] = missing.get(str(error), 0) + 1
+    if missing and not planner.plans:
+        raise Missing(next(iter(missing)))
+    for reason, count in missing.items():
+        print(f"left out: {count} run{'s' * (count > 1)}: {reason}", file=sys.stderr, flush=True)
+    return list(planner.plans.values())
+
+
+def chosen_axes(
+    board: Board, size: str, rows: Sequence[str], axis: Sequence[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """The combinations of axis values of each row that `--axis` leaves; it narrows a row in the axes that the
+    row has.
+
+    Raises: UserError for an axis or value that no row has.
+    """
+    own = {name: board.row_axis_values(_named_row(board, name), size) for name in rows}
+    where = f"{board.id}, size {size}"
+    narrowed(_distinct(one for values in own.values() for one in values), lambda one: one, axis, where)
+    found = {}
+    for name, values in own.items():
+        given = [text for text in axis if text.partition("=")[0].strip() in values[0]]
+        try:
+            found[name] = narrowed(values, lambda one: one, given, where)
+        except UserError:  # the row has none of these values, another has
+            found[name] = []
+    return found
+
+
+def _named_row(board: Board, name: str) -> str:
+    """The board's row that a name, or a plug-in's file, stands for."""
+    stem = registry.stem(name)
+    return stem if registry.is_path(name) and board.row(stem) is not None else name
+
+
+def _distinct(values: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return list({json.dumps(one, sort_keys=True): one for one in values}.values())
+
+
+class Planner:
+    """Plans runs, each after the runs of other rows that its roles name; `plans` by id, in that order."""
+
+    def __init__(
+        self,
+        board: Board,
+        size: str,
+        overrides: Sequence[str],
+        among: Sequence[str],
+        device: str,
+        places: Places,
+    ) -> None:
+        self.board, self.size, self.overrides, self.among = board, size, list(overrides), list(among)
+        self.device, self.places = device, places
+        self.plans: dict[str, Plan] = {}
+        self._made: dict[str, Plan] = {}
+        self._failed: dict[str, Missing] = {}
+        self._tasks: dict[str, type[Any]] = {}
+
+    def plan(self, name: str, seed: int, axes: Mapping[str, Any], before: tuple[str, ...] = ()) -> Plan:
+        """Plan a run of a row. A run that another row's role names takes those overrides only that name its
+        row or method, or the task.
+
+        Raises: UserError where it cannot be made; Missing where its data, or those of what it needs, lack.
+        """
+        key = json.dumps([name, seed, dict(axes), bool(before)], sort_keys=True)
+        if key in self._failed:
+            raise self._failed[key]
+        if key not in self._made:
+            try:
+                self._made[key] = self._plan(name, seed, axes, before)
+            except Missing as error:
+                self._failed[key] = error
+                raise
+        return self._made[key]
+
+    def _plan(self, name: str, seed: int, axes: Mapping[str, Any], before: tuple[str, ...]) -> Plan:
+        from kdbench.runner import Plan, needed
+
+        overrides, among = self.overrides, self.among
+        if before:
+            row = self.board.row(name)
+            assert row is not None
+            own = {"task", name, registry.stem(row.method)}
+            overrides = [one for one in overrides if config.parse_override(one).section in own]
+            among = [*among, name]
+        run = _run(self.board, self.size, name, seed, overrides, dict(axes), among, self.device, self._tasks)
+        run, needs = self.linked(needed(run), before)
+        plan = Plan(run, self.places, needs)
+        return self.plans.setdefault(plan.id, plan)
+
+    def linked(self, run: RunConfig, before: tuple[str, ...] = ()) -> tuple[RunConfig, list[Plan]]:
+        """The run with the ids of those that its roles name, and their plans.
+
+        Raises: UserError for rows that need each other, or an axis whose value is not known.
+        """
+        roles: dict[str, config.Role] = dict(run.roles)
+        needs: list[Plan] = []
+        for name, role in run.roles.items():
+            if role.row is None:
+                continue
+            where = f"{self.board.id}: row '{run.row}': roles.{name}"
+            if role.row in (*before, run.row):
+                raise UserError(f"{where}: rows need each other: {' -> '.join([*before, run.row, role.row])}")
+            found = [
+                self.plan(role.row, run.seed, values, (*before, run.row))
+                for values in self._values(role, run, where)
+            ]
+            needs += found
+            roles[name] = dataclasses.replace(role, runs=[plan.id for plan in found])
+        return dataclasses.replace(run, roles=roles), needs
+
+    def _values(self, role: config.Role, run: RunConfig, where: str) -> list[dict[str, Any]]:
+        """The axis values of the runs that a role stands for."""
+        assert role.row is not None
+        row = self.board.row(role.row)
+        assert row is not None
+        known = self.board.axes if row.axes is None else row.axes
+        drawn: list[dict[str, Any]] = [{}]
+        if role.each is not None:
+            values = {**self.board.axes, **self.board.sizes[self.size].axes}[role.each]
+            drawn = [{role.each: one} for one in values if one != role.without]
+            if not drawn:
+                raise UserError(f"{where}: no value of {role.each} is left")
+        found = []
+        for one in drawn:
+            told = {**run.axes, **one}
+            told |= {axis: config.filled(value, one) for axis, value in role.at.items()}
+            lacking = [axis for axis in known if axis not in told or "{" in str(told[axis])]
+            if lacking:
+                raise UserError(
+                    f"{where}: does not say which {lacking[0]} of the row '{role.row}'; set at.{lacking[0]}"
+                )
+            found.append({axis: told[axis] for axis in known})
+        return found
 
 
 def _run(
@@ -379,7 +520,7 @@ def trials(board: Board, device: str, places: Places) -> dict[str, list[Plan]]:
 
     They lie in `<runs>/tuning`, where no report looks; the board must have [tuning].
     """
-    from kdbench.runner import Plan
+    from kdbench.runner import Plan, needed
 
     silence()
     assert board.tuning is not None
@@ -388,11 +529,27 @@ def trials(board: Board, device: str, places: Places) -> dict[str, list[Plan]]:
     names = [row.name for row in board.rows if not row.reference]
     found: dict[str, list[Plan]] = {}
     tasks: dict[str, type[Any]] = {}
+    planner = Planner(untuned, tuning.size, [], names, device, apart)
     for name in names:
         for overrides in config.tuning_runs(board, name):
-            for axes in board.axis_values(tuning.size):
+            for axes in _tuned_at(board, name):
                 run = _run(untuned, tuning.size, name, tuning.seed, overrides, axes, names, device, tasks)
-                found.setdefault(name, []).append(Plan(_trial(run, tuning, apart), apart))
+                run, needs = planner.linked(needed(run))
+                found.setdefault(name, []).append(Plan(_trial(run, tuning, apart), apart, needs))
+    return found
+
+
+def _tuned_at(board: Board, name: str) -> list[dict[str, Any]]:
+    """The axis values that a row's trials are made at."""
+    assert board.tuning is not None
+    asked = board.tuning.axes
+    found = [
+        values
+        for values in board.row_axis_values(name, board.tuning.size)
+        if all(values[axis] in asked[axis] for axis in values if axis in asked)
+    ]
+    if not found:
+        raise UserError(f"{board.id}: tuning.axes leaves the row '{name}' no combination of axis values")
     return found
 
 

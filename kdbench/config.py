@@ -162,18 +162,34 @@ class Stage:
 class Role(ModelSpec):
     """A model that a method asks for by the name of an argument: student, teacher, ...
 
-    With `like` it is another role's model, on which its own stages follow.
+    With `like` it is another role's model, on which its own stages follow. With `row` it is what a run of
+    another row of the board made, at the seed and axis values of this run but those that `at` says. With
+    `each` there is one such run for each value of an axis but `without`, and `{axis}` in `at` stands for the
+    value; the method is given all of them. In a resolved run `runs` are their ids.
     """
 
     like: str | None = None
+    row: str | None = None
+    at: dict[str, Scalar] = field(default_factory=dict)  # axis -> value
+    each: str | None = None  # an axis
+    without: Scalar | None = None  # a value of it
+    runs: list[str] = field(default_factory=list)
     seed: int | None = None  # of new weights and of the stages; None: the run's seed
     stages: list[Stage] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        given = [name for name in ("model", "architecture", "like") if getattr(self, name)]
+        given = [name for name in ("model", "architecture", "like", "row") if getattr(self, name)]
         if len(given) != 1:
             told = "none of them is" if not given else " and ".join(given) + " are"
-            raise ValueError(f"exactly one of model, architecture and like is needed; {told} given")
+            raise ValueError(f"exactly one of model, architecture, like and row is needed; {told} given")
+        if self.row and (self.stages or self.tokenizer or self.revision or self.seed is not None):
+            raise ValueError(
+                "a role that another row makes has its own model; it takes row, at, each, without"
+            )
+        if not self.row and (self.at or self.each or self.runs or self.without is not None):
+            raise ValueError("at, each, without and runs are for a role that another row makes: say row too")
+        if self.without is not None and not self.each:
+            raise ValueError("without leaves out a value of each; say each too")
         if self.like and (self.tokenizer or self.revision):
             raise ValueError("a role that is like another has its tokenizer and revision; leave them out")
 
@@ -268,6 +284,7 @@ class Tuning:
     score: str  # of the dev split
     direction: Literal["higher", "lower"] = "higher"
     size: str = "full"  # the chosen rates hold for this size
+    axes: dict[str, list[Scalar]] = field(default_factory=dict)  # trials at these values only; else at all
 
     def __post_init__(self) -> None:
         if not self.factors or len(set(self.factors)) != len(self.factors):
@@ -350,6 +367,8 @@ class Row:
     training: dict[str, Any] = field(default_factory=dict)
     roles: dict[str, str] = field(default_factory=dict)  # role -> the role of the board that fills it
     extra: dict[str, Data] = field(default_factory=dict)  # further data sets, by the name the method uses
+    # the axes that the row has, each with those whose values it takes; None: all of the board's
+    axes: dict[str, list[str]] | None = None
     reference: bool = False
 
 
@@ -360,12 +379,17 @@ class Column:
     With `at` it reads the runs at those values of axes; such an axis is spread over the columns, and one line
     of the table holds a row's runs at all of its values. Without, it is the mean over the values of a spread
     axis.
+
+    With `against` it is the score less that of another row, with `above` the percentage of a row's values
+    that are above that row's: at the same training seed, and at the same values of the axes that both have.
     """
 
     title: str
     score: str = ""  # "<analysis>/<score>", or "record.<path>" as `RunRecord.value` reads it
     at: dict[str, Scalar] = field(default_factory=dict)  # axis -> value
     mean: list[str] = field(default_factory=list)  # titles of the columns whose mean this is
+    against: str = ""  # the row whose value is taken off
+    above: str = ""  # the row whose value is to be exceeded
     unit: str = ""
     direction: Literal["higher", "lower", "none"] = "none"  # what is better; none: not compared
     rank: bool = False  # rows are ordered by this column
@@ -380,16 +404,24 @@ class Column:
             raise ValueError(f"column '{self.title}': exactly one of score and mean is needed; {told} given")
         if self.mean and self.at:
             raise ValueError(f"column '{self.title}': at is said by the columns whose mean this is")
+        if self.mean and (self.against or self.above):
+            named = "against" if self.against else "above"
+            raise ValueError(f"column '{self.title}': {named} is said by the columns whose mean this is")
+        if self.against and self.above:
+            raise ValueError(f"column '{self.title}': only one of against and above can be said")
+        if self.above and self.unit != "%":
+            raise ValueError(f"column '{self.title}': above counts in percent, so its unit must be '%'")
 
     @property
     def key(self) -> str:
-        """What tells its cells from those of other columns: `<score>`, `<score>@<axis>=<value>`, or
-        `mean:<title>`.
+        """What tells its cells from those of other columns: `<score>`, `<score>@<axis>=<value>`, either with
+        ` - <row>` or ` > <row>`, or `mean:<title>`.
         """
         if self.mean:
             return f"mean:{self.title}"
         at = ",".join(f"{axis}={self.at[axis]}" for axis in sorted(self.at))
-        return f"{self.score}@{at}" if at else self.score
+        row = f" - {self.against}" if self.against else f" > {self.above}" if self.above else ""
+        return (f"{self.score}@{at}" if at else self.score) + row
 
 
 @dataclass(frozen=True)
@@ -412,6 +444,7 @@ class Board:
     task_settings: dict[str, Any] = field(default_factory=dict)
     budgets: Literal["equal", "differ"] = "equal"
     axes: dict[str, list[Scalar]] = field(default_factory=dict)
+    average: list[str] = field(default_factory=list)  # axes over whose values a line of the table is a mean
     analyses: list[str] = field(default_factory=list)
     roles: dict[str, Role] = field(default_factory=dict)
     select: Select = field(default_factory=Select)
@@ -447,8 +480,28 @@ class Board:
         """Every combination of axis values, those of a size where one is named; one empty table for a board
         without axes.
         """
-        axes = self.axes if size is None else {**self.axes, **self.sizes[size].axes}
-        return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+        return _combinations(self._size_axes(size))
+
+    def _size_axes(self, size: str | None) -> dict[str, list[Scalar]]:
+        return self.axes if size is None else {**self.axes, **self.sizes[size].axes}
+
+    def row_axis_values(self, name: str, size: str | None = None) -> list[dict[str, Scalar]]:
+        """Every combination of axis values that the row of that name is run at; a name that is no row's
+        stands for a method, which has all of the board's axes.
+        """
+        row, axes = self.row(name), self._size_axes(size)
+        if row is None or row.axes is None:
+            return _combinations(axes)
+        return _combinations(
+            {
+                own: list(dict.fromkeys(one for axis in taken for one in axes[axis]))
+                for own, taken in row.axes.items()
+            }
+        )
+
+
+def _combinations(axes: Mapping[str, Sequence[Scalar]]) -> list[dict[str, Scalar]]:
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -546,11 +599,32 @@ def _check_board(board: Board, where: str) -> None:
                 f"tuning.json: row '{row_name}' has {len(tuned.trials)} trials; every row of {board.id} "
                 f"has as many as there are tuning.factors"
             )
+    _check_row_axes(board, where)
     _check_columns(board, where)
     used = json.dumps(to_dict([board.rows, board.task, board.task_settings, board.roles, board.sizes]))
     for axis in board.axes:
         if f"{{{axis}}}" not in used:
             raise UserError(f"{where}: axes.{axis} is used nowhere; write '{{{axis}}}' where it belongs")
+
+
+def _check_row_axes(board: Board, where: str) -> None:
+    """What rows say of axes, and roles of rows."""
+    for row in board.rows:
+        for own, taken in (row.axes or {}).items():
+            for axis in (own, *taken):
+                if axis not in board.axes:
+                    raise unknown("axis", axis, board.axes, f"{where}: row '{row.name}': axes")
+            if not taken:
+                raise UserError(f"{where}: row '{row.name}': axes.{own} takes the values of no axis")
+    for place, roles in [("", board.roles), *((f"sizes.{n}.", one.roles) for n, one in board.sizes.items())]:
+        for name, role in roles.items():
+            said = f"{where}: {place}roles.{name}"
+            if role.row and board.row(role.row) is None:
+                raise unknown("row", role.row, [row.name for row in board.rows], f"{said}.row")
+            for key, axes in (("at", list(role.at)), ("each", [role.each] if role.each else [])):
+                for axis in axes:
+                    if axis not in board.axes:
+                        raise unknown("axis", axis, board.axes, f"{said}.{key}")
 
 
 def _check_columns(board: Board, where: str) -> None:
@@ -572,6 +646,14 @@ def _check_columns(board: Board, where: str) -> None:
                 shown = json.dumps if str(value) in map(str, values[axis]) else str
                 known = dict.fromkeys(map(shown, values[axis]))
                 raise unknown(f"value of {axis}", shown(value), known, f"{place}: at")
+            if axis in board.average:
+                raise UserError(f"{place}: at: '{axis}' is averaged over; take it out of the board's average")
+        for key, row in (("against", column.against), ("above", column.above)):
+            if row and board.row(row) is None:
+                raise unknown("row", row, [one.name for one in board.rows], f"{place}: {key}")
+    for axis in board.average:
+        if axis not in board.axes:
+            raise unknown("axis", axis, board.axes, f"{where}: average")
     for column in means:
         place = f"{where}: column '{column.title}': mean"
         others = [one.title for one in board.columns if not one.mean]
@@ -796,7 +878,7 @@ def check_settings(config: type[T], settings: Mapping[str, object], owner: str) 
     return from_dict(config, settings, owner)
 
 
-def _filled(value: Any, axes: Mapping[str, Scalar]) -> Any:
+def filled(value: Any, axes: Mapping[str, Scalar]) -> Any:
     """`value` with `{axis}` replaced: a string that is nothing else becomes the axis value itself."""
     if isinstance(value, str):
         for axis, one in axes.items():
@@ -805,8 +887,8 @@ def _filled(value: Any, axes: Mapping[str, Scalar]) -> Any:
             value = value.replace(f"{{{axis}}}", str(one))
         return value
     if isinstance(value, Mapping):
-        return {key: _filled(one, axes) for key, one in value.items()}
-    return [_filled(one, axes) for one in value] if isinstance(value, list) else value
+        return {key: filled(one, axes) for key, one in value.items()}
+    return [filled(one, axes) for one in value] if isinstance(value, list) else value
 
 
 def _find_row(board: Board, name: str) -> Row:
@@ -882,8 +964,11 @@ def resolve(
         raise unknown("size", size, board.sizes, board.id)
     scale, line = board.sizes[size], _find_row(board, row)
     axes = dict(axes or {})
-    if set(axes) != set(board.axes):
-        raise UserError(f"{board.id}: a run needs a value for each axis ({', '.join(board.axes) or 'none'})")
+    has = board.axes if line.axes is None else line.axes
+    if set(axes) != set(has):
+        raise UserError(
+            f"{board.id}: a run of {line.name} needs a value for each axis ({', '.join(has) or 'none'})"
+        )
     told: dict[str, Scalar] = {**axes, "seed": seed}
     own = {line.name} if line.reference else {"method", line.name, registry.stem(line.method)}
     parsed = _own_overrides(board, [parse_override(text) for text in overrides], own, among)
@@ -900,13 +985,13 @@ def resolve(
 
     special = scale.rows.get(line.name, SizeRow())
     method = registry.stem(line.method)
-    settings = _filled({**line.settings, **special.settings}, told)
+    settings = filled({**line.settings, **special.settings}, told)
     set_settings = dict(settings)
     for one in parsed:
         if one.section == "method":
             _nested(set_settings, one.key, one.value)
-    task = str(_filled(board.task, told))
-    task_settings = _filled({**board.task_settings, **scale.task_settings}, told)
+    task = str(filled(board.task, told))
+    task_settings = filled({**board.task_settings, **scale.task_settings}, told)
     set_task = dict(task_settings)
     for one in parsed:
         if one.section == "task":
@@ -929,7 +1014,7 @@ def resolve(
         training = dataclasses.replace(training, optimizer_steps=0)
     select = scale.select or board.select
     evaluation = from_dict(
-        EvaluationConfig, _filled(to_dict(scale.evaluation), told), f"sizes.{size}.evaluation"
+        EvaluationConfig, filled(to_dict(scale.evaluation), told), f"sizes.{size}.evaluation"
     )
     evidence = scale.evidence
     if evidence is None and any(one.section == "evidence" for one in parsed):
@@ -997,12 +1082,12 @@ def _resolved_extra(
     row: Row, told: Mapping[str, Scalar], task: str, task_settings: dict[str, Any]
 ) -> dict[str, Data]:
     """The row's further data sets; one that names no task is of the run's own."""
-    filled = from_dict(_Extra, {"extra": _filled(to_dict(row.extra), told)}, f"row '{row.name}'").extra
+    given = from_dict(_Extra, {"extra": filled(to_dict(row.extra), told)}, f"row '{row.name}'").extra
     return {
         name: dataclasses.replace(data, task=task, task_settings={**task_settings, **data.task_settings})
         if data.task is None
         else data
-        for name, data in filled.items()
+        for name, data in given.items()
     }
 
 
@@ -1053,11 +1138,14 @@ def _resolved_roles(
     roles = {}
     for name, role in _roles(board, size, row, board.id).items():
         where = f"{board.id}: roles.{name}"
-        filled = from_dict(Role, _filled(to_dict(role), axes), where)
-        model = resolve_model(filled, f"{where}.model")
-        seeded = seed if filled.seed is None else filled.seed
+        told = from_dict(Role, filled(to_dict(role), axes), where)
+        if told.row:
+            roles[name] = told
+            continue
+        model = resolve_model(told, f"{where}.model")
+        seeded = seed if told.seed is None else told.seed
         stages = []
-        for stage in filled.stages:
+        for stage in told.stages:
             registry.find("distillers", stage.method)
             if stage.task is not None:
                 registry.find("tasks", stage.task)
@@ -1090,7 +1178,7 @@ def tuning_runs(board: Board, row: str) -> list[list[str]]:
         raise UserError(f"{board.id}: does not tune learning rates")
     untuned = dataclasses.replace(board, tuned={})
     size, seed = board.tuning.size, board.tuning.seed
-    lr = resolve(untuned, size, row, seed, axes=board.axis_values(size)[0]).training.lr
+    lr = resolve(untuned, size, row, seed, axes=board.row_axis_values(row, size)[0]).training.lr
     return [[f"training.lr={lr * factor:.6g}"] for factor in board.tuning.factors]
 
 

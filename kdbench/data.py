@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdbench.errors import UserError
+from kdbench.errors import Missing, UserError
 from kdbench.paths import configs_dir
 
 Row = dict[str, Any]
@@ -33,24 +33,27 @@ _MARKED = re.compile(r"### Instruction:\n(.*?)(?:\n\n### Input:\n(.*?))?\n\n### 
 class DataFile:
     """One file of a set: `local` below the data folder, `hub_file` in the set's hub repository, or both.
 
-    Of a hub file the records `start` to `stop` (None: the end) are used; a local file is used whole.
-    `records` and `sha256` are those of the local file that published records were made with.
+    `hub_more` names further hub files that follow it. Of a hub file the records `start` to `stop` (None: the
+    end) are used; a local file is used whole. `records` and `sha256` are those of the local file that
+    published records were made with.
     """
 
     local: str | None = None
     sha256: str = ""
     records: int = 0
     hub_file: str | None = None
+    hub_more: tuple[str, ...] = ()
     start: int = 0
     stop: int | None = None
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """A named set; `kind` is "instruct" (JSONL), "text" or "classify" (JSONL; on the hub also Parquet).
-    `parted_by` parts a text file into documents; `scored_by` names the score that the set is meant for where
-    it is not ROUGE-L. `hub_columns` names the column of hub records that has each field, `hub_labels` the
-    class that each of their labels means.
+    """A named set; `kind` is "instruct" (JSONL), "text", "classify" or "transfer" (JSONL; on the hub also
+    Parquet). `parted_by` parts a text file into documents; `scored_by` names the score that the set is meant
+    for where it is not ROUGE-L. `hub_revision` is the branch of the hub's repository, if not the main one;
+    `hub_columns` names the column of hub records that has each field, `hub_labels` the class (or tag) that
+    each of their labels means.
     """
 
     name: str
@@ -59,6 +62,7 @@ class DataSet:
     licence: str
     note: str = ""
     hub: str | None = None
+    hub_revision: str | None = None
     scored_by: str | None = None
     parted_by: str | None = None
     hub_columns: dict[str, str] = field(default_factory=dict)
@@ -74,6 +78,31 @@ def known(kind: str | None = None) -> dict[str, DataSet]:
         files = {split: DataFile(**entry) for split, entry in table.pop("files").items()}
         sets[path.stem] = DataSet(name=path.stem, files=files, **table)
     return {name: one for name, one in sets.items() if kind in (None, one.kind)}
+
+
+def locate(one: DataSet, part: str, source: str, root: Path | None) -> Path | DataFile:
+    """Where a part of a set lies: a file below the data folder, or else what to fetch from the hub.
+
+    `source` is "auto" (the folder if it has the file, else the hub), "hub" or "local".
+
+    Raises: Missing when there is neither, and what to do about it; UserError for a folder that is none.
+    """
+    file = one.files[part]
+    if source != "hub" and root is not None and file.local is not None:
+        if not root.is_dir():
+            raise UserError(f"data root {root}: there is no such folder; {ROOT_HELP}")
+        found = local_file(root, file.local)
+        if found is not None:
+            return found
+        if source == "local" or file.hub_file is None:
+            raise Missing(
+                f"data set '{one.name}': {root} lacks {file.local}[.gz]; its source is {one.source}"
+            )
+    if source != "local" and one.hub is not None and file.hub_file is not None:
+        return file
+    if source == "hub":
+        raise Missing(f"data set '{one.name}' is not on the hub: use source = \"local\"")
+    raise Missing(f"data set '{one.name}' needs a data folder: {ROOT_HELP}")
 
 
 def local_file(root: Path, name: str) -> Path | None:
@@ -138,6 +167,25 @@ def read_labelled(path: Path, hub: DataSet | None = None) -> tuple[list[Row], st
     return kept, digest, len(rows) - len(kept)
 
 
+def read_records(path: Path, hub: DataSet | None = None) -> tuple[list[tuple[str, Row]], str]:
+    """The records of a JSONL file or, of the hub set `hub`, a Parquet file, each with its place, and the
+    sha256 of its uncompressed bytes. Those of the hub have their fields and labels by their names here.
+
+    Raises: UserError as `read_jsonl`.
+    """
+    if path.suffix == ".parquet":
+        digest, items = hashlib.sha256(read_bytes(path)).hexdigest(), _parquet_records(path)
+    else:
+        text, digest = read_text(path)
+        items = _records(path, text)
+    found = []
+    for where, item in items:
+        if not isinstance(item, dict):
+            raise UserError(f"{where}: must be a JSON object, is {_type(item)}")
+        found.append((where, item if hub is None else _renamed(item, hub)))
+    return found, digest
+
+
 def labelled_row(item: Any, where: str) -> Row:
     """The fields of one record that a classification task reads: `text`, or `text_a` and `text_b`, and
     `label`, a name. White space around a sentence is taken off.
@@ -193,6 +241,8 @@ def _renamed(item: Any, hub: DataSet) -> Any:
     if not isinstance(item, dict):
         return item
     row = {ours: item[theirs] for ours, theirs in hub.hub_columns.items() if theirs in item}
+    if "tags" in row:
+        row["tags"] = [hub.hub_labels.get(str(one), one) for one in row["tags"]]
     label = str(row.get("label"))
     return {**row, "label": hub.hub_labels[label]} if label in hub.hub_labels else row
 
@@ -235,7 +285,7 @@ def instruction_row(item: Any, where: str) -> Row:
 
 
 def sources(
-    data_root: Path | None, kinds: Iterable[str] = ("instruct", "text", "classify")
+    data_root: Path | None, kinds: Iterable[str] = ("instruct", "text", "classify", "transfer")
 ) -> list[dict[str, str]]:
     """One row per file of every known set, as text: what `kdbench list data` prints.
 
@@ -262,17 +312,18 @@ def sources(
     return table
 
 
-def fetch(repo: str, name: str) -> tuple[Path, str]:
+def fetch(repo: str, name: str, revision: str | None = None) -> tuple[Path, str]:
     """A file of a data set on the hub, downloaded once into its cache: its path and its commit.
 
-    Raises: UserError when it cannot be fetched.
+    Raises: Missing when it cannot be fetched.
     """
     from huggingface_hub import hf_hub_download
 
     try:
-        path = Path(hf_hub_download(repo, name, repo_type="dataset"))
+        given: dict[str, Any] = {} if revision is None else {"revision": revision}
+        path = Path(hf_hub_download(repo, name, repo_type="dataset", **given))
     except Exception as error:  # the hub's errors have no common base, and each means the same here
-        raise hub_error(repo, error) from error
+        raise Missing(str(hub_error(repo, error))) from error
     parts = path.parts
     return path, parts[parts.index("snapshots") + 1] if "snapshots" in parts else ""
 
@@ -292,7 +343,7 @@ def _presence(root: Path | None, file: DataFile) -> str:
     path = local_file(root, file.local)
     if path is None:
         return "lacking"
-    same = hashlib.sha256(read_bytes(path)).hexdigest() == file.sha256
+    same = not file.sha256 or hashlib.sha256(read_bytes(path)).hexdigest() == file.sha256
     return "present" if same else "other content"
 
 

@@ -255,10 +255,16 @@ class Step(Protocol):
 
 
 class Data(Protocol):
-    """What `prepare` may read."""
+    """What `prepare` and `finish` may read."""
 
-    def batches(self, split: str, batch_size: int | None = None) -> Iterator[Batch]:
-        """All rows of `split` ("train", "dev" or the name of an extra set) in order, with a progress bar."""
+    @property
+    def names(self) -> Sequence[str]:
+        """The splits and extra sets that there are."""
+
+    def batches(self, split: str, batch_size: int | None = None, limit: int | None = None) -> Iterator[Batch]:
+        """All rows of `split` ("train", "dev" or the name of an extra set) in order, with a progress bar;
+        with `limit` so many, spread evenly over it.
+        """
 
 
 class Distiller(nn.Module):
@@ -311,6 +317,9 @@ class Distiller(nn.Module):
     def loss(self, batch: Batch, step: Step) -> Tensor:
         """Return the scalar to descend; means divide by the counts of the whole update (`token_mean`)."""
         raise NotImplementedError(f"{type(self).__name__} must define loss or train_step")
+
+    def finish(self, data: Data) -> None:
+        """Measure what is kept with the scored model, whose weights are in place and stay as they are."""
 
     def predictor(self) -> nn.Module:
         """Return the model that is scored."""

@@ -11,6 +11,10 @@ class UserError(Exception):
         super().__init__(" ".join(message.split()))
 
 
+class Missing(UserError):
+    """Data that is not where it was looked for; names the file and its source. Other data sets can go on."""
+
+
 class OutOfMemory(Exception):
     """More than the memory there is; the message says what to lower. Ends a run with status `failed`."""
 

@@ -96,6 +96,102 @@ def stratum_mean(arrays: Arrays, weights: Array, stratum: int) -> Array:
     return mean({"values": arrays["values"][inside]}, weights[:, inside])
 
 
+# -------------------------------------------------------------------------------- classes, spans and numbers
+@estimator
+def f1(arrays: Arrays, weights: Array) -> Array:
+    """100 x 2 sum_p w_p hits_p / sum_p w_p (predicted_p + actual_p), 0 where nothing is predicted or actual.
+
+    `hits`, `predicted`, `actual` [P] count what is both, what is predicted and what there is in an example:
+    micro-F1 of the spans of texts, F1 of a class where each is 0 or 1.
+    """
+    columns = [2 * arrays["hits"], arrays["predicted"] + arrays["actual"]]
+    total = _weighted(weights, np.stack(columns, axis=1))
+    return np.asarray(np.nan_to_num(100 * _divide(total[:, 0], total[:, 1])))
+
+
+def _confusion(arrays: Arrays, weights: Array) -> Array:
+    """[R, N, N]: the weight of examples with a label (row) and a prediction (column)."""
+    label, prediction = arrays["label"], arrays["prediction"]
+    classes = int(max(label.max(), prediction.max())) + 1
+    pairs = np.eye(classes**2)[classes * label + prediction]
+    return _weighted(weights, pairs).reshape(len(weights), classes, classes)
+
+
+@estimator
+def macro_f1(arrays: Arrays, weights: Array) -> Array:
+    """The mean F1 x 100 of the classes that are the label or the prediction of some example.
+
+    `label`, `prediction` [P] int64.
+    """
+    table = _confusion(arrays, weights)
+    total = table.sum(axis=1) + table.sum(axis=2)
+    scores = 100 * _divide(2 * np.diagonal(table, axis1=1, axis2=2), total)
+    return _divide(np.nan_to_num(scores).sum(axis=1), (total > 0).sum(axis=1))
+
+
+@estimator
+def matthews(arrays: Arrays, weights: Array) -> Array:
+    """Matthews' correlation x 100, of any number of classes; 0 where labels or predictions are all one class.
+
+    `label`, `prediction` [P] int64. With C the confusion matrix of s examples, c on its diagonal, t and p its
+    sums over predictions and over labels: (c s - t p) / sqrt((s^2 - p p) (s^2 - t t)).
+
+    Source: Gorodkin 2004, https://doi.org/10.1016/j.compbiolchem.2004.09.006, eq. 8.
+    """
+    table = _confusion(arrays, weights)
+    true, predicted = table.sum(axis=2), table.sum(axis=1)
+    count, right = table.sum(axis=(1, 2)), np.trace(table, axis1=1, axis2=2)
+    top = right * count - (true * predicted).sum(axis=1)
+    spread = [count**2 - (one**2).sum(axis=1) for one in (true, predicted)]
+    bottom = np.sqrt(np.maximum(spread[0] * spread[1], 0))
+    return np.asarray(np.nan_to_num(100 * _divide(top, bottom)))
+
+
+def _correlation(weights: Array, x: Array, y: Array) -> Array:
+    """[R]: the weighted correlation x 100 of x and y, [P] or [R, P]; 0 where one of them is constant."""
+    share = weights / weights.sum(axis=1, keepdims=True)
+
+    def centred(values: Array) -> Array:
+        values = values - values.mean()
+        values = values / (np.abs(values).max() or 1.0)
+        return np.asarray(values - (share * values).sum(axis=1, keepdims=True))
+
+    a, b = centred(x), centred(y)
+    spread = [(share * one**2).sum(axis=1) for one in (a, b)]
+    top = np.where(np.minimum(*spread) > 1e-12, (share * a * b).sum(axis=1), 0.0)
+    return np.asarray(np.nan_to_num(100 * _divide(top, np.sqrt(spread[0] * spread[1]))))
+
+
+def _ranks(weights: Array, values: Array) -> Array:
+    """[R, P]: how much weight lies below each value, and half of what equals it: ranks, ties averaged."""
+    order = np.argsort(values, kind="stable")
+    first = np.flatnonzero(np.diff(values[order], prepend=np.nan) != 0)
+    tied = np.add.reduceat(weights[:, order], first, axis=1)
+    middle = np.cumsum(tied, axis=1) - tied / 2
+    ranks = np.empty(weights.shape)
+    ranks[:, order] = np.repeat(middle, np.diff(first, append=len(values)), axis=1)
+    return np.asarray(ranks / weights.sum(axis=1, keepdims=True))
+
+
+@estimator
+def pearson(arrays: Arrays, weights: Array) -> Array:
+    """Pearson's correlation x 100 of `x` and `y` [P]; 0 where one of them is constant."""
+    return _correlation(weights.astype(np.float64), arrays["x"], arrays["y"])
+
+
+@estimator
+def spearman(arrays: Arrays, weights: Array) -> Array:
+    """Spearman's rank correlation x 100 of `x` and `y` [P], ties averaged; 0 where one is constant."""
+    weights = weights.astype(np.float64)
+    return _correlation(weights, _ranks(weights, arrays["x"]), _ranks(weights, arrays["y"]))
+
+
+@estimator
+def pearson_spearman(arrays: Arrays, weights: Array) -> Array:
+    """The mean of `pearson` and `spearman`, x 100."""
+    return (pearson(arrays, weights) + spearman(arrays, weights)) / 2
+
+
 # ---------------------------------------------------------------------------------- conditional on running
 def _running_means(arrays: Arrays, weights: Array, length: int, roll_in: str) -> Array:
     """[R, length]: E[d_t | still running at t] = sum_p w_p sum[p, t] / sum_p w_p count[p, t].

@@ -909,18 +909,28 @@ class Trainer:
 
 
 class SourceData:
-    """The rows that `prepare` may read: `batches("train")` in order, with a progress bar."""
+    """The rows that `prepare` and `finish` may read: `batches("train")` in order, with a progress bar."""
 
     def __init__(
         self, sources: Mapping[str, Source], batch_size: int, device: torch.device, progress: bool = False
     ) -> None:
         self._sources, self._size, self._device, self._progress = sources, batch_size, device, progress
 
-    def batches(self, split: str, batch_size: int | None = None) -> Iterator[Batch]:
-        """Yield all rows of `split` in order. Raises: UserError for a split that the board does not give."""
+    @property
+    def names(self) -> list[str]:
+        """The splits and extra sets that there are."""
+        return list(self._sources)
+
+    def batches(self, split: str, batch_size: int | None = None, limit: int | None = None) -> Iterator[Batch]:
+        """Yield the rows of `split` in order, all or `limit` at even distances.
+
+        Raises: UserError for a split that the board does not give.
+        """
         if split not in self._sources:
             known = ", ".join(self._sources)
             raise UserError(f"prepare: there are no rows '{split}'; known: {known}. Rows have `extra` sets.")
         source, size = self._sources[split], batch_size or self._size
-        for start in tqdm(range(0, len(source), size), desc=f"prepare {split}", disable=not self._progress):
-            yield source.batch(range(start, min(start + size, len(source)))).to(self._device)
+        count = len(source) if limit is None else min(limit, len(source))
+        rows = [i * len(source) // count for i in range(count)]
+        for start in tqdm(range(0, count, size), desc=f"read {split}", disable=not self._progress):
+            yield source.batch(rows[start : start + size]).to(self._device)

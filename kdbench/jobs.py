@@ -42,23 +42,28 @@ class Outcome:
 
 @dataclass
 class Job:
-    """A whole run, or the first `count` stages of one of its roles."""
+    """A whole run, or the first `count` stages of one of its roles.
+
+    `gives` and `needs` are keys of stages and ids of runs.
+    """
 
     label: str
     plan: Plan
     role: str | None = None
     count: int = 0
     steps: int = 0
-    gives: str = ""  # the key of the stage's result
-    needs: frozenset[str] = frozenset()  # the keys of the stages that it reads
+    gives: str = ""
+    needs: frozenset[str] = frozenset()
     outcome: Outcome | None = None
 
 
 def jobs_of(runs: Iterable[Plan]) -> list[Job]:
-    """The stages that are not trained yet, longest first, then the runs that are not finished."""
+    """The stages that are not trained yet, longest first, then the runs that are not finished, each after
+    those that it needs.
+    """
     stages: dict[str, Job] = {}
     whole: list[Job] = []
-    for plan in runs:
+    for plan in _with_needs(runs):
         if plan.complete():
             continue
         needs = []
@@ -72,8 +77,24 @@ def jobs_of(runs: Iterable[Plan]) -> list[Job]:
                     before = frozenset(keys[: number - 1])
                     stages[key] = Job(label, plan, role, number, steps, gives=key, needs=before)
         steps = plan.run.training.optimizer_steps
-        whole.append(Job(label_of(plan.run), plan, steps=steps, needs=frozenset(needs)))
+        needs += [other.id for other in plan.needs]
+        whole.append(Job(label_of(plan.run), plan, steps=steps, gives=plan.id, needs=frozenset(needs)))
     return [*sorted(stages.values(), key=lambda job: -job.steps), *whole]
+
+
+def _with_needs(runs: Iterable[Plan]) -> Iterator[Plan]:
+    """The plans, each once and after those that it needs."""
+    seen: set[str] = set()
+
+    def all_of(plan: Plan) -> Iterator[Plan]:
+        if plan.id not in seen:
+            seen.add(plan.id)
+            for other in plan.needs:
+                yield from all_of(other)
+            yield plan
+
+    for plan in runs:
+        yield from all_of(plan)
 
 
 def _axes(plan: Plan, stage: Stage) -> str:

@@ -1,10 +1,10 @@
 """Loads a student or teacher and its tokenizer: hub id, local folder, `run:<id>`, or a fresh architecture.
 
-A method names the `head` that its models have: a causal language model, a masked one, or a sequence
-classifier, whose classifier (and pooler) may be new on a pretrained encoder. Everything that can be refused
-without weights is refused before any load: a folder without weights, a tokenizer that does not fit,
-vocabularies of causal teacher and student that differ. Code from the hub is never run, and weights are read
-from safetensors only.
+A method names the `head` that its models have: a causal language model, a masked one, a sequence classifier,
+whose classifier (and pooler) may be new on a pretrained encoder, or the bare encoder with its pooler.
+Everything that can be refused without weights is refused before any load: a folder without weights, a
+tokenizer that does not fit, vocabularies of causal teacher and student that differ. Code from the hub is
+never run, and weights are read from safetensors only.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
@@ -38,6 +39,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
 )
 
 from kdbench.data import ROOT_HELP
@@ -87,6 +89,8 @@ HEADS = {
         special=_MASKED,
         new_head=True,
     ),
+    # with its pooler; the method puts its own heads on it
+    "encoder": Head("encoder", AutoModel, MODEL_MAPPING_NAMES, special=_MASKED),
 }
 
 

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,12 @@ def needed(run: RunConfig) -> RunConfig:
 class Plan:
     """One run before it starts: checked, with its id; nothing heavy is loaded."""
 
-    def __init__(self, run: RunConfig, places: Places) -> None:
-        """Raises: UserError for whatever would fail: settings, roles, data, vocabularies, an unwritable
-        folder.
+    def __init__(self, run: RunConfig, places: Places, needs: Sequence[Plan] = ()) -> None:
+        """Args: `needs`: the runs whose models its roles are.
+
+        Raises: UserError for whatever would fail: settings, roles, data, vocabularies, an unwritable folder.
         """
-        self.run, self.places = needed(run), places
+        self.run, self.places, self.needs = needed(run), places, list(needs)
         self.method = registry.load_distiller(run.method)
         check_settings(self.method.Config, run.settings, registry.stem(run.method))
         self.materials = Materials(self.run, places)
@@ -215,6 +216,8 @@ class _Life:
         if not self.processes.is_main:
             return
         with running(self.clock), phase("evaluate", covers=True):
+            if self.trainer is not None:
+                distiller.finish(self.materials.data(self.trainer))
             model = distiller.predictor()
             bare = model if hasattr(model, "save_pretrained") else distiller.student
             models.save_student(bare, self.materials.tokenizer("student"), self.folder / "student")  # type: ignore[arg-type]
@@ -227,7 +230,7 @@ class _Life:
     def models(self) -> dict[str, nn.Module]:
         """Load the roles' models, on all processes; the first to come trains what the cache lacks."""
         with running(self.clock), phase("stages", covers=True):
-            return {role: self.materials.model(role) for role in self.run.roles}
+            return self.materials.models()
 
     def measuring(self, teacher: nn.Module | None) -> nn.Module | None:
         """Return the teacher that evidence measures with: one in float32, also where training runs another in
@@ -382,6 +385,8 @@ class _Life:
 
 
 def _model_name(spec: Any) -> str:
+    if spec.row:
+        return f"row:{spec.row}"
     name = spec.model or f"fresh:{spec.architecture.model_type}"
     return name if "/" not in name or not Path(name).exists() else Path(name).name
 

@@ -41,6 +41,7 @@ from kdbench.distiller import Batch, Distiller
 from kdbench.errors import OutOfMemory, UserError
 from kdbench.harness import Source, SourceData, Trainer
 from kdbench.processes import Processes
+from kdbench.prompted import PromptedEncoder
 from kdbench.selection import Selection
 from kdbench.streams import stream_seed
 from kdbench.strict import to_dict
@@ -121,6 +122,9 @@ class Materials:
     def __init__(self, run: RunConfig, places: Places) -> None:
         self.run, self.places = run, places
         self._checked, self._shared = False, cast("int | None", None)
+        # roles with a model of their own, and those that another row's finished runs are
+        self.own = {role: spec for role, spec in run.roles.items() if not spec.row}
+        self.linked = {role: spec for role, spec in run.roles.items() if spec.row}
 
     # ---- data
     def task(self, name: str | None = None, settings: Mapping[str, Any] | None = None) -> Task:
@@ -156,14 +160,12 @@ class Materials:
         told = [spec.model, spec.tokenizer, spec.revision, spec.architecture is None, self._name(task)]
         key = digest(told, list(models.HEADS[self.head].special))
         if key not in known:
-            known[key] = models.load_tokenizer(
-                spec, task, self.places.data_root, self.places.runs, self.head
-            )
+            known[key] = models.load_tokenizer(spec, task, self.places.data_root, self.places.runs, self.head)
         return known[key]
 
     def encoders(self, task: Task) -> dict[str, Encoder]:
         """Return one encoder per role, for models with the head of the run's method."""
-        return {role: task.encoder(self.tokenizer(role), self.head) for role in self.run.roles}
+        return {role: task.encoder(self.tokenizer(role), self.head) for role in self.own}
 
     def source(self, split: str, task: Task | None = None) -> TaskSource:
         """Return the rows of a split of a task, the run's own where none is given."""
@@ -193,12 +195,12 @@ class Materials:
         """
         if not self._checked:
             self._check_positions()
-            tokenizers = {role: self.tokenizer(role) for role in self.run.roles}
+            tokenizers = {role: self.tokenizer(role) for role in self.own}
             one = models.HEADS[self.head].one_vocabulary
-            for role, spec in self.run.roles.items():
+            for role, spec in self.own.items():
                 models.load_config(spec, tokenizers[role], self.places.runs, self.first_head(role))
             if one:
-                self._shared = models.check_vocabularies(self.run.roles, tokenizers, self.places.runs)
+                self._shared = models.check_vocabularies(self.own, tokenizers, self.places.runs)
             self._checked = True
         return self._shared
 
@@ -211,7 +213,7 @@ class Materials:
         method = registry.load_distiller(run.method)
         added = method.added_positions(check_settings(method.Config, run.settings, registry.stem(run.method)))
         encoders = self.encoders(self.task())
-        for role, spec in run.roles.items():
+        for role, spec in self.own.items():
             longest = encoders[role].longest(max(wanted))
             longest += run.training.position_offset if trains else 0
             longest += added.get(role, 0)
@@ -220,7 +222,7 @@ class Materials:
 
     def check_stages(self) -> None:
         """Refuse stages that cannot be trained. Raises: UserError naming the role and the stage."""
-        for role, spec in self.run.roles.items():
+        for role, spec in self.own.items():
             for stage in spec.stages:
                 self._check_stage(f"roles.{role}: stage '{stage.name}'", stage, role)
             last = self._heads(role)[-2:-1]
@@ -261,6 +263,8 @@ class Materials:
 
     def key(self, role: str) -> str:
         """Return the content identity of a role's model as the run uses it."""
+        if role in self.linked:
+            return digest(*self.linked[role].runs)
         return self.stage_keys(role)[-1] if self.run.roles[role].stages else self._start_key(role)
 
     def _start_key(self, role: str) -> str:
@@ -304,6 +308,8 @@ class Materials:
 
     def stage_keys(self, role: str) -> list[str]:
         """Return the content identity of a role's model after each of its own stages."""
+        if role in self.linked:
+            return []
         key, keys = self._start_key(role), []
         for number, stage in enumerate(self.run.roles[role].stages):
             key = self._stage_key(key, stage, number)
@@ -337,7 +343,23 @@ class Materials:
         for number in range(done, count):
             stage_stream = stream_seed(seeds[number], "stage", number)
             self._train_once(role, at(number), spec.stages[number], keys[number], stage_stream)
-        return at(count)
+        model: Any = at(count)
+        model.kdbench_key = self.key(role) if count == len(spec.stages) else ""
+        return cast(nn.Module, model)
+
+    def models(self) -> dict[str, nn.Module]:
+        """Return the models of all roles, training the stages behind them where the cache has them not.
+
+        Those of other rows' runs stand on the student's encoder, which they share.
+        """
+        found = {role: self.model(role) for role in self.own}
+        for role, spec in self.linked.items():
+            runs = [
+                PromptedEncoder.load(self.places.runs / self.run.board / run / "student", found["student"])
+                for run in spec.runs
+            ]
+            found[role] = runs[0] if spec.each is None else nn.ModuleList(runs)
+        return {role: found[role] for role in self.run.roles}
 
     def saved(self, role: str, folder: Path) -> nn.Module:
         """Return the model that a run saved in `folder`, as this role. Raises: UserError where it is none."""
@@ -448,6 +470,13 @@ class Materials:
         return found
 
     # ---- what prepare makes
+    def data(self, trainer: Trainer) -> SourceData:
+        """Return the rows that a method may read before and after its training."""
+        sources: dict[str, Source] = {"train": trainer.source, **trainer.extras}
+        if "dev" in self.task().splits():
+            sources["dev"] = self.source("dev")
+        return SourceData(sources, trainer.rollout_batch, trainer.processes.device, self.places.progress)
+
     def prepare(self, trainer: Trainer) -> None:
         """Let the distiller prepare, or put back what it prepared before; cached by content.
 
@@ -461,14 +490,8 @@ class Materials:
         final.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{final}.lock"):
             if not final.is_dir():
-                sources: dict[str, Source] = {"train": trainer.source, **trainer.extras}
-                if "dev" in self.task().splits():
-                    sources["dev"] = self.source("dev")
-                data = SourceData(
-                    sources, trainer.rollout_batch, trainer.processes.device, self.places.progress
-                )
                 before = trainer.clock.state()
-                made = trainer.prepare(data) or {}
+                made = trainer.prepare(self.data(trainer)) or {}
                 if foreign := set(made) - {"train", *trainer.extras}:
                     known = ", ".join(["train", *trainer.extras])
                     raise UserError(

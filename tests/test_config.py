@@ -443,7 +443,7 @@ def test_axes(tmp_path: Path) -> None:
     assert run.task_settings == {"draw": 2, "name": "from-b"}
     assert run.axes == {"draw": 2, "source": "b"}
     assert board_of(tmp_path).axis_values() == [{}]
-    with pytest.raises(UserError, match=r"a run needs a value for each axis \(draw, source\)"):
+    with pytest.raises(UserError, match=r"a run of alpha needs a value for each axis \(draw, source\)"):
         run_of(board)
     assert "axes.draw is used nowhere; write '{draw}'" in said(tmp_path, add="axes = { draw = [1] }\n")
     assert "axis 'draw' has no values" in said(tmp_path, add="axes = { draw = [] }\n")

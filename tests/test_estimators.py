@@ -229,6 +229,13 @@ def random_arrays(rng: np.random.Generator, prompts: int) -> dict[str, Array]:
         "numerator": rng.random(prompts),
         "denominator": rng.random(prompts),
         "stratum": strata,
+        "label": rng.integers(0, 3, prompts),
+        "prediction": rng.integers(0, 3, prompts),
+        "hits": rng.integers(0, 2, prompts),
+        "predicted": rng.integers(1, 4, prompts),
+        "actual": rng.integers(1, 4, prompts),
+        "x": rng.integers(0, 4, prompts) / 2,  # ties
+        "y": rng.random(prompts),
     }
 
 
@@ -237,6 +244,7 @@ ARGS: dict[str, dict[str, Any]] = {
     "ratio": {},
     "stratified_mean": {},
     "stratum_mean": {"stratum": 0},
+    **{name: {} for name in ("f1", "macro_f1", "matthews", "pearson", "spearman", "pearson_spearman")},
     "mean_length_tokens": {},
     "seq_rep": {"n": 2},
     "rep": {"window": 16, "length": 5},

@@ -36,7 +36,7 @@ def plan(
     board = board or load_board(BOARD)
     places = Places(tmp_path / "runs", cache)
     made = commands.plans(
-        board, "debug", [row], [seed], [*SMALL, *overrides], "cpu", places, [{"dataset": "polarity"}]
+        board, "debug", [row], [seed], [*SMALL, *overrides], "cpu", places, ["dataset=polarity"]
     )
     return made[0]
 
@@ -64,7 +64,7 @@ def test_a_stage_may_have_the_runs_seed_though_its_role_is_fixed() -> None:
 
 def test_pretraining_is_shared_by_data_sets_and_draws_and_tuning_is_not(tmp_path: Path, cache: Path) -> None:
     board, places = load_board(BOARD), Places(tmp_path / "runs", cache)
-    axes = [{"dataset": "polarity"}, {"dataset": "topic"}]
+    axes = ["dataset=polarity,topic"]
     plans = commands.plans(board, "debug", ["prompt_kd", "kd_ft"], [1, 2], SMALL, "cpu", places, axes)
     keys = [plan.materials.stage_keys("teacher") for plan in plans]
     assert len({key[0] for key in keys}) == 1

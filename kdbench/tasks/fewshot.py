@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from kdbench import data
-from kdbench.errors import UserError, unknown
+from kdbench.errors import unknown
 from kdbench.few_shot import LM_BFF, UNLABELED, FewShotTask
 from kdbench.task import Row
 
@@ -82,20 +82,9 @@ class FewShot(FewShotTask):
 
         Raises: UserError when there is neither, and what to do about it.
         """
-        one, source, root = self._set, self.settings.source, self.data_root
-        file = one.files[part]
-        if source != "hub" and root is not None and file.local is not None:
-            if not root.is_dir():
-                raise UserError(f"data root {root}: there is no such folder; {data.ROOT_HELP}")
-            found = data.local_file(root, file.local)
-            if found is not None:
-                return found
-            if source == "local" or file.hub_file is None:
-                raise UserError(
-                    f"data set '{one.name}': {root} lacks {file.local}[.gz]; its source is {one.source}"
-                )
-        if source != "local" and one.hub is not None and file.hub_file is not None:
-            return one.hub, file.hub_file
-        if source == "hub":
-            raise UserError(f"data set '{one.name}' is not on the hub: use source = \"local\"")
-        raise UserError(f"data set '{one.name}' needs a data folder: {data.ROOT_HELP}")
+        found = data.locate(self._set, part, self.settings.source, self.data_root)
+        if isinstance(found, Path):
+            return found
+        assert self._set.hub is not None
+        assert found.hub_file is not None
+        return self._set.hub, found.hub_file
