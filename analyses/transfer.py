@@ -40,13 +40,13 @@ def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     An `I-` tag that continues no span of its type begins one, as in seqeval's default mode.
     """
     found: set[tuple[str, int, int]] = set()
-    kind, start = "", 0
+    kind, start = "", -1
     for at, tag in enumerate([*tags, "O"]):
         mark, _, name = tag.partition("-")
-        if kind and not (mark == "I" and name == kind):
+        if start >= 0 and not (mark == "I" and name == kind):
             found.add((kind, start, at))
-            kind = ""
-        if mark in ("B", "I") and not kind:
+            start = -1
+        if mark in ("B", "I") and start < 0:
             kind, start = name, at
     return found
 
@@ -200,8 +200,9 @@ def analyze(run: RunFolder) -> Analysis:
     if len(names) != 1:
         raise RecordError(f"{run.path / 'outputs'}: should hold one set, holds {', '.join(names) or 'none'}.")
     where = str(run.path / "outputs" / f"{names[0]}.jsonl")
-    rows = sorted(run.outputs(names[0]), key=lambda row: row.get("example_id", 0))
+    rows = run.outputs(names[0])
     _check_all(rows, where)
+    rows.sort(key=lambda row: int(row["example_id"]))
     examples = np.array([row["example_id"] for row in rows])
     if (twice := examples[1:][np.diff(examples) == 0]).size:
         raise RecordError(f"{where}: example {twice[0]} is there twice; one generation seed is enough.")

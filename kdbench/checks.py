@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 import multiprocessing
 import os
@@ -31,6 +32,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
@@ -44,18 +46,21 @@ from transformers.utils import logging
 
 from kdbench import registry, stages
 from kdbench.clock import running
-from kdbench.config import TrainingConfig
+from kdbench.config import TrainingConfig, check_settings
 from kdbench.distiller import Batch, Distiller, Parts, Store
+from kdbench.distillers._transfer import IGNORED, PromptConfig, prompted
 from kdbench.errors import UserError, unknown
 from kdbench.harness import BatchSource, Recorder, Source, SourceData, Trainer
 from kdbench.processes import Processes
 from kdbench.rollout import evaluating
+from kdbench.transferability import REPRESENTATIONS
 
 Status = Literal["pass", "fail", "not claimed"]
 
 EXACT, CLOSE = 1e-12, 1e-5  # largest relative distance of gradients in float64 and float32
 BATCH = 5  # rows per update: not a multiple of any micro-batch tried
 NEW_TOKENS = 8
+SEVERAL = 4  # models for a role that holds several
 PATIENCE = 20  # visits after which a method that has not updated a group is taken never to do so
 
 
@@ -83,7 +88,9 @@ class Head:
     """Tiny models and rows for methods of one `head`.
 
     `target` gives the position of a row (a batch of one) at which the loss must read the model, or None;
-    `watched` the module whose output there it must depend on.
+    `watched` the module whose output there it must depend on. `beside` makes another role's model from the
+    student's, a seed and the method's settings, where it stands on it; `carried` are fields that every batch
+    holds, whatever a method needs. The laws are tried with `other` too, rows of another format.
     """
 
     model: Callable[[str, int, bool], nn.Module]  # (role, seed, student's tokenizer); dropout in its config
@@ -92,6 +99,9 @@ class Head:
     reload: Callable[[Path], nn.Module]
     watched: Callable[[Any], nn.Module]
     target: Callable[[Batch], int | None]
+    beside: Callable[[nn.Module, int, Any], nn.Module] | None = None
+    carried: tuple[str, ...] = ()
+    other: Head | None = None
 
 
 VOCAB, EOS = 50, 0  # zero is what batches are padded with, so that padding looks like the end of a sequence
@@ -286,7 +296,12 @@ def _class_sets(roles: Sequence[str], shared: bool, prompted: bool) -> dict[str,
 
 
 # what may stand beyond a row's end, by token field
-_NOISE = {"input_ids": (0, _OTHER_WORDS.size), "segment_ids": (0, 9), "word_index": (-1, 9)}
+_NOISE = {
+    "input_ids": (0, _OTHER_WORDS.size),
+    "segment_ids": (0, 9),
+    "word_index": (-1, 9),
+    "labels": (IGNORED, IGNORED + 1),
+}
 
 
 def _other_class_padding(batch: Batch, seed: int) -> Batch:
@@ -308,6 +323,71 @@ def _masked_place(row: Batch) -> int | None:
     names = [name for name in ("mask_index", "cloze_index") if name in row]
     place = int(row[names[0]][0]) if names else -1
     return place if place >= 0 else None
+
+
+def _bare_encoder(role: str, seed: int, shared: bool, form: str) -> nn.Module:
+    """An encoder with its pooler, configured for a task of this format."""
+    model: Any = _encoder(role, seed, shared, AutoModel)
+    model.config.task_format = form
+    return model  # type: ignore[no-any-return]
+
+
+def _format_rows(count: int, first: int, form: str) -> Batch:
+    """Rows as the tasks of transfer collate them, of two formats; each word's first token has a label."""
+    rows = _class_rows(count, first, ["student"], prompted=False, shared=False)
+    names = ["example_id", "input_ids", "length", "segment_ids"]
+    fields = {name: rows[name] for name in names}
+    if form == "classes":
+        return Batch({**fields, "class_label": rows["class_label"]})
+    word = rows["word_index"]
+    starts = (word >= 0) & (word != torch.nn.functional.pad(word, (1, 0), value=-1)[:, :-1])
+    return Batch({**fields, "labels": (rows["input_ids"] % CLASSES).masked_fill(~starts, IGNORED)})
+
+
+def _format_sets(roles: Sequence[str], shared: bool, form: str) -> dict[str, Batch]:
+    return {"train": _format_rows(24, 100, form), "dev": _format_rows(9, 500, form)}
+
+
+def _tuned(encoder: nn.Module, seed: int, cfg: Any) -> nn.Module:
+    """A prompt and a head far from zero on the student's encoder, with means over texts as if it had read
+    them: no two are opposed.
+
+    The prompt has the form that the method's own has, by its settings.
+    """
+    config: Any = encoder.config
+    draw = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = prompted(encoder, cfg if isinstance(cfg, PromptConfig) else PromptConfig())
+    assert model.prompt is not None
+    with torch.no_grad():
+        model.prompt.vectors.normal_(std=0.5, generator=draw)
+    units = config.num_hidden_layers, config.intermediate_size
+    for inputs in ("own", "probe"):
+        means = {name: torch.rand(config.hidden_size, generator=draw) for name in REPRESENTATIONS}
+        means |= {"activation": torch.rand(units, generator=draw) - 0.5}
+        means |= {"active": torch.rand(units, generator=draw)}
+        model.signature |= {f"{inputs}.{name}": value for name, value in means.items()}
+    return model
+
+
+def _first_label(row: Batch) -> int:
+    """The first labelled token."""
+    return int((row["labels"][0] != IGNORED).long().argmax())
+
+
+def _prompted_head(form: str, carried: str, other: Head | None = None) -> Head:
+    return Head(
+        model=functools.partial(_bare_encoder, form=form),
+        sets=functools.partial(_format_sets, form=form),
+        padded=_other_class_padding,
+        reload=AutoModel.from_pretrained,
+        watched=lambda model: model,
+        target=_first_label if form == "tokens" else lambda row: 0,
+        beside=_tuned,
+        carried=("segment_ids", carried),
+        other=other,
+    )
 
 
 def _logits(model: nn.Module) -> Tensor:
@@ -343,6 +423,7 @@ HEADS = {
         watched=lambda model: model.base_model,
         target=lambda row: 0,
     ),
+    "encoder": _prompted_head("classes", "class_label", other=_prompted_head("tokens", "labels")),
 }
 
 
@@ -465,6 +546,7 @@ class Case:
     training: Mapping[str, Any]
     shared_tokenizer: bool = False
     seed: int = 1
+    other: bool = False  # rows of the head's other format
 
     @property
     def cls(self) -> type[Distiller]:
@@ -476,20 +558,37 @@ class Case:
         """Models and rows for the method's head. Raises: Broken for a head that checks do not know."""
         if self.cls.head not in HEADS:
             raise Broken(f"checks know no models with the head '{self.cls.head}'. Known: {', '.join(HEADS)}")
-        return HEADS[self.cls.head]
+        head = HEADS[self.cls.head]
+        return head.other if self.other and head.other is not None else head
 
     def distiller(self, dtype: torch.dtype = torch.float64, seed: int | None = None) -> Distiller:
-        """Return the method with new models: the student narrower than the others, all with fixed weights."""
-
-        def model(role: str) -> nn.Module:
-            number = stages.needed_roles(self.cls).index(role)
-            return self.head.model(role, number, self.shared_tokenizer).to(dtype)
-
+        """Return the method with new models, all with fixed weights: the student narrower than the others,
+        or those on its own encoder.
+        """
+        roles, beside = stages.needed_roles(self.cls), self.head.beside
         settings = dict(self.settings)
         if any(field.name == "max_new_tokens" for field in dataclasses.fields(self.cls.Config)):
             settings.setdefault("max_new_tokens", NEW_TOKENS)
+        name, made = registry.stem(self.method), dict[str, nn.Module]()
+
+        def model(role: str) -> nn.Module:
+            if role not in made:
+                seed = roles.index(role) if role in roles else 0
+                if beside is None or role == "student":
+                    made[role] = self.head.model(role, seed, self.shared_tokenizer).to(dtype)
+                else:
+                    made[role] = on_the_students(role, seed, beside)
+            return made[role]
+
+        def on_the_students(role: str, seed: int, tuned: Callable[..., nn.Module]) -> nn.Module:
+            student, cfg = model("student"), check_settings(self.cls.Config, settings, name)
+            annotation = inspect.signature(self.cls.__init__).parameters[role].annotation
+            if not str(annotation).rstrip("'>").endswith("ModuleList"):
+                return tuned(student, seed, cfg)
+            return nn.ModuleList([tuned(student, 100 * seed + i, cfg) for i in range(SEVERAL)])
+
         seed = self.seed if seed is None else seed
-        return stages.build(self.cls, settings, model, seed, registry.stem(self.method)).to(dtype)
+        return stages.build(self.cls, settings, model, seed, name).to(dtype)
 
     def budget(self, **changed: Any) -> TrainingConfig:
         """Return the training settings: a large learning rate, warm-up, clipping and decay all in use."""
@@ -506,14 +605,14 @@ class Case:
 
     def sets(self, changed: Callable[[Batch], Batch] = lambda batch: batch) -> dict[str, Source]:
         """Return the rows of "train", "dev" and the extra sets that a board may have, with the fields that
-        the method says it needs, and no other.
+        the method says it needs and those that every batch holds, and no other.
         """
         found = self.head.sets(stages.needed_roles(self.cls), self.shared_tokenizer)
         lacking = [name for name in self.cls.needs if name not in found["train"]]
         if lacking:
             known = ", ".join(found["train"])
             raise Broken(f"needs {', '.join(lacking)}; batches of {self.cls.head} hold {known}")
-        wanted = dict.fromkeys(("example_id", *self.cls.needs))
+        wanted = dict.fromkeys(("example_id", *self.cls.needs, *self.head.carried))
         return {
             split: BatchSource(changed(Batch({name: rows[name] for name in wanted})))
             for split, rows in found.items()
@@ -586,7 +685,7 @@ def roles(case: Case) -> None:
 
 
 def fields(case: Case) -> None:
-    """A visit reads no field of a batch but those it `needs`."""
+    """A visit reads no field of a batch but those it `needs`, and those of the head's every batch."""
     case.start().go(1)
 
 
@@ -684,9 +783,15 @@ def frozen_eval(case: Case) -> None:
     """Frozen models run in eval mode, always."""
     probe = case.start()
     caught: dict[str, None] = {}
+    student = probe.distiller.student
+    shared = set(student.modules())  # what it shares with a frozen model runs for both
 
     def watch(path: str, module: nn.Module) -> None:
-        module.register_forward_pre_hook(lambda *_: caught.setdefault(path) if module.training else None)
+        def seen(*_: Any) -> None:
+            if module.training and not (module in shared and student.training):
+                caught.setdefault(path)
+
+        module.register_forward_pre_hook(seen)
 
     for role, model in _frozen_models(probe.distiller):
         for name, module in model.named_modules():
@@ -726,7 +831,8 @@ def targets(case: Case) -> None:
     """The student learns at each row's target.
 
     In a causal language model that is the response to its end, the end-of-sequence token too where padding
-    has its id; in a masked one the state at the mask; in a sequence classifier that of the first token.
+    has its id; in a masked one the state at the mask; in a sequence classifier that of the first token, as in
+    an encoder, or that of a token with a label.
     """
     probe = case.start(training={"micro_batch": 1}, loss=lambda loss: seen(loss))
     student: Any = probe.distiller.student
@@ -736,11 +842,15 @@ def targets(case: Case) -> None:
             return
         student = inner[0]
     calls: list[tuple[Tensor, Tensor]] = []
+    embedded = [torch.zeros(0)]  # the last ids: those of a text that comes as vectors, behind a prompt
+    student.get_input_embeddings().register_forward_hook(lambda _, ids, out: embedded.__setitem__(0, ids[0]))
 
     def keep(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Any], output: Any) -> None:
         states = output if isinstance(output, Tensor) else output.last_hidden_state
         if torch.is_grad_enabled() and states.requires_grad:
-            calls.append((inputs[0] if inputs else named["input_ids"], states))
+            ids = inputs[0] if inputs else named.get("input_ids")
+            ids = embedded[0] if ids is None else ids
+            calls.append((ids, states))
 
     case.head.watched(student).register_forward_hook(keep, with_kwargs=True)
 
@@ -766,17 +876,17 @@ def _reads_target(
         return
     known = place + 1 if "prompt_length" in row else int(row["length"][0])
     ids = row["input_ids"][0, :known]
-    own = [  # a call may hold the rows of several parts
-        (out, at)
+    own = [  # a call may hold the rows of several parts; a prompt's states stand before the text's
+        (out, at, place + out.shape[1] - given.shape[1])
         for given, out in calls
         if given.shape[1] >= known
         for at in (given[:, :known] == ids).all(1).nonzero()[:, 0].tolist()
     ]
-    outputs = [out for out, _ in own]
+    outputs = [out for out, _, _ in own]
     found = torch.autograd.grad(value, outputs, retain_graph=True, allow_unused=True) if own else ()
     if not any(
-        gradient is not None and bool(gradient[at, place].any())
-        for gradient, (_, at) in zip(found, own, strict=True)
+        gradient is not None and bool(gradient[at, behind].any())
+        for gradient, (_, at, behind) in zip(found, own, strict=True)
     ):
         what = f"the state at position {place}"
         if "prompt_length" in row:
@@ -1021,7 +1131,25 @@ def check(
 
 
 def _check(case: Case, names: Sequence[str]) -> list[Law]:
-    registry.load_distiller(case.method)
+    """Try the laws on all formats that the head has rows of; a law is as good as on its worst."""
+    head = HEADS.get(registry.load_distiller(case.method).head)
+    found = _check_format(case, names)
+    if head is None or head.other is None or any(law.status == "fail" for law in found):
+        return found
+    others = {law.name: law for law in _check_format(dataclasses.replace(case, other=True), names)}
+    if others.keys() != {law.name for law in found}:  # what all others stand on failed
+        return list(others.values())
+    worst = [max(law, others[law.name], key=lambda one: _WORSE.index(one.status)) for law in found]
+    return [
+        dataclasses.replace(law, seconds=first.seconds + others[law.name].seconds)
+        for law, first in zip(worst, found, strict=True)
+    ]
+
+
+_WORSE: tuple[Status, ...] = ("pass", "not claimed", "fail")
+
+
+def _check_format(case: Case, names: Sequence[str]) -> list[Law]:
     first = [_try(case, name) for name in _FIRST]
     if any(law.status == "fail" for law in first):
         return [law for law in first if law.status == "fail"][:1]

@@ -102,7 +102,8 @@ def locate(one: DataSet, part: str, source: str, root: Path | None) -> Path | Da
         return file
     if source == "hub":
         raise Missing(f"data set '{one.name}' is not on the hub: use source = \"local\"")
-    raise Missing(f"data set '{one.name}' needs a data folder: {ROOT_HELP}")
+    told = f"; its file there is {file.local}" if file.local is not None else ""
+    raise Missing(f"data set '{one.name}' needs a data folder: {ROOT_HELP}{told}")
 
 
 def local_file(root: Path, name: str) -> Path | None:

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from kdbench import registry
 from kdbench.commands import JOBS, TRACKER, label_of, said, silence
@@ -52,6 +52,7 @@ class Job:
     role: str | None = None
     count: int = 0
     steps: int = 0
+    row: str = ""
     gives: str = ""
     needs: frozenset[str] = frozenset()
     outcome: Outcome | None = None
@@ -78,7 +79,11 @@ def jobs_of(runs: Iterable[Plan]) -> list[Job]:
                     stages[key] = Job(label, plan, role, number, steps, gives=key, needs=before)
         steps = plan.run.training.optimizer_steps
         needs += [other.id for other in plan.needs]
-        whole.append(Job(label_of(plan.run), plan, steps=steps, gives=plan.id, needs=frozenset(needs)))
+        whole.append(
+            Job(
+                label_of(plan.run), plan, steps=steps, row=plan.run.row, gives=plan.id, needs=frozenset(needs)
+            )
+        )
     return [*sorted(stages.values(), key=lambda job: -job.steps), *whole]
 
 
@@ -212,6 +217,7 @@ class Workers:
         self._runs = max(1, min(count, sum(job.role is None for job in jobs)))
         running: dict[Connection, tuple[Job, Any, int, float]] = {}
         failed: dict[str, Job] = {}
+        whole = _Whole(jobs, count, self.live, self._lock)
         try:
             while waiting or running:
                 for job in list(waiting):
@@ -220,7 +226,7 @@ class Workers:
                         waiting.remove(job)
                         assert broken.outcome is not None
                         why = f"{broken.label} {broken.outcome.status}: {broken.outcome.reason}"
-                        self._ended(job, Outcome(broken.outcome.status, why, 0.0), missing, failed)
+                        self._ended(job, Outcome(broken.outcome.status, why, 0.0), missing, failed, whole)
                     elif len(running) < count and not job.needs & missing:
                         waiting.remove(job)
                         taken = {slot for _, _, slot, _ in running.values()}
@@ -239,20 +245,23 @@ class Workers:
                         outcome = Outcome("failed", _death(process.exitcode), time.monotonic() - since)
                     receiver.close()
                     process.join()
-                    self._ended(job, outcome, missing, failed)
+                    self._ended(job, outcome, missing, failed, whole)
         finally:
+            whole.close()
             for _, process, _, _ in running.values():
                 process.kill()
             for _, process, _, _ in running.values():
                 process.join()
 
-    def _ended(self, job: Job, outcome: Outcome, missing: set[str], failed: dict[str, Job]) -> None:
+    def _ended(
+        self, job: Job, outcome: Outcome, missing: set[str], failed: dict[str, Job], whole: _Whole
+    ) -> None:
         job.outcome = outcome
         if job.gives:
             missing.discard(job.gives)
             if outcome.status != "done":
                 failed[job.gives] = job
-        self.say(told(job))
+        self.say(told(job) + whole.ended(job))
 
     def _start(self, job: Job, slot: int) -> tuple[Connection, Any]:
         receiver, sender = self._context.Pipe(duplex=False)
@@ -264,6 +273,55 @@ class Workers:
         process.start()
         sender.close()
         return receiver, process
+
+
+class _Whole:
+    """How far all jobs are: one bar beneath those of the children, or a word on each line; with the time to
+    go.
+    """
+
+    def __init__(self, jobs: Sequence[Job], count: int, live: bool, lock: Any) -> None:
+        self._jobs = [job for job in jobs if job.role is None]
+        self._count, self._bar = max(1, count), cast(Any, None)
+        if live and len(self._jobs) > 1:
+            from tqdm import tqdm
+
+            tqdm.set_lock(lock)
+            form = "{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}"
+            self._bar = tqdm(
+                total=len(self._jobs), desc="all runs", position=count, leave=False, bar_format=form,
+                dynamic_ncols=True,
+            )  # fmt: skip
+
+    def ended(self, job: Job) -> str:
+        """Count a job that has its outcome; return what its line says of all of them."""
+        if job.role is not None or len(self._jobs) < 2:
+            return ""
+        done = sum(one.outcome is not None for one in self._jobs)
+        left = self.left()
+        told = f"about {duration(left)} to go" if left else ""
+        if self._bar is not None:
+            self._bar.set_postfix_str(told, refresh=False)
+            self._bar.update()
+            return ""
+        return f" [{done}/{len(self._jobs)}{', ' * bool(told)}{told}]"
+
+    def left(self) -> float:
+        """Seconds to go: of each row what its finished runs took on average, else what all took."""
+        spent: dict[str, list[float]] = {}
+        for job in self._jobs:
+            if job.outcome is not None and job.outcome.seconds:
+                spent.setdefault(job.row, []).append(job.outcome.seconds)
+        if not spent:
+            return 0.0
+        every = [seconds for mine in spent.values() for seconds in mine]
+        left = [spent.get(job.row, every) for job in self._jobs if job.outcome is None]
+        return sum(sum(one) / len(one) for one in left) / self._count
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
 
 
 @contextmanager

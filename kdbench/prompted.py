@@ -173,7 +173,7 @@ class PromptedEncoder(nn.Module):
 
     @staticmethod
     def load(folder: Path, encoder: nn.Module) -> PromptedEncoder:
-        """Return what `save_pretrained` wrote, on this encoder, which is shared and not copied.
+        """Return what `save_pretrained` wrote, in eval mode, on this encoder, which is shared and not copied.
 
         Raises: UserError where the folder holds none, is torn, or was trained on another encoder.
         """
@@ -197,7 +197,7 @@ class PromptedEncoder(nn.Module):
         if lacking:
             raise UserError(f"{folder}: {FILE} does not fit: {', '.join(sorted(lacking))}")
         model.load_state_dict(own, strict=False)
-        return model.to(next(encoder.parameters()).device)
+        return model.to(next(encoder.parameters()).device).eval()
 
 
 def _kind(prompt: nn.Module | None) -> str:

@@ -5,8 +5,8 @@ Source: formats and fields of PANDA (Zhong et al. 2022), https://arxiv.org/abs/2
 carries the tag, start and end of an answer; max length 128, 384 for spans.
 Differs: a dev split is carved from train, and the official validation split is the test set, where that code
 reports the best epoch on the validation split itself (`selection = "test"` does so, `"split"` halves it);
-what is over `max_length` is cut, a context too, where that code slides a window over it; every set's dev and
-test splits keep one order under every library version.
+what is over `max_length` is cut, a context too, where that code slides a window over it; a word that is cut
+off counts as a word outside every span, where that code leaves it out of the score.
 """
 
 from __future__ import annotations
@@ -54,6 +54,11 @@ class TransferData:
     classes: tuple[str, ...] = ()
     pair: bool = False
     max_length: int = 128
+
+    def __post_init__(self) -> None:
+        for what, given, known in (("format", self.format, FORMATS), ("metric", self.metric, METRICS)):
+            if given not in known:
+                raise unknown(what, given, known, f"data set '{self.name}'")
 
     @property
     def outputs(self) -> int:
@@ -113,7 +118,8 @@ class TransferEncoder:
     the room, then of the other. `key` names the tokenizer's content and the rules, so that equal encoders
     share a cache.
 
-    Raises: UserError for a tokenizer that is not a fast one or lacks the special tokens.
+    Raises: UserError for a tokenizer that is not a fast one or lacks the special tokens, or for a limit that
+    leaves no room for a text.
     """
 
     head = "encoder"
@@ -135,7 +141,12 @@ class TransferEncoder:
         # between two segments stand one separator (BERT) or two (RoBERTa)
         self._between = [self._sep] * max(1, self.tokenizer.num_special_tokens_to_add(pair=True) - 2)
         # BERT numbers the second segment 1, RoBERTa 0
-        self._numbered = max(self.tokenizer("a", "a", return_token_type_ids=True)["token_type_ids"]) > 0
+        numbers = self.tokenizer("a", "a", return_token_type_ids=True)["token_type_ids"]
+        self._numbered = max(numbers, default=0) > 0
+        if max_length < (least := 2 + spec.pair * (len(self._between) + 1) + 1):
+            raise UserError(
+                f"task: max_length = {max_length} leaves no room for a text; {least} is the least"
+            )
         rules = [spec.format, list(spec.classes), max_length, self._cls, self._sep]
         digest = hashlib.sha256(json.dumps([*rules, self._between, self._numbered]).encode()).hexdigest()
         self.key = f"{tokenizer_hash(tokenizer)[:16]}-{digest[:16]}"
@@ -180,8 +191,8 @@ class TransferEncoder:
             choices = len(self.spec.classes)
             length = length.view(-1, choices)
             fields = {
-                "input_ids": ids.view(*length.shape, -1),
-                "segment_ids": segments.view(*length.shape, -1),
+                "input_ids": ids.view(*length.shape, ids.shape[1]),
+                "segment_ids": segments.view(*length.shape, ids.shape[1]),
                 "choice_length": length,
                 "length": length.amax(1),
             }

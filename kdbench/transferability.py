@@ -186,8 +186,7 @@ def table_of(model: PromptedEncoder) -> Tensor:
     """Return the model's prompt tokens, [m, W]. Raises: ValueError for a model without a prompt."""
     if model.prompt is None:
         raise ValueError("a model without a prompt has nothing to transfer")
-    with torch.no_grad():
-        return model.prompt.table()
+    return model.prompt.table().detach()
 
 
 def texts_of(model: PromptedEncoder, inputs: str) -> dict[str, Tensor]:
@@ -197,6 +196,6 @@ def texts_of(model: PromptedEncoder, inputs: str) -> dict[str, Tensor]:
     if not found:
         known = sorted({name.partition(".")[0] for name in model.signature})
         raise ValueError(
-            f"inputs = '{inputs}': a model has no signature on these texts, but on {known or 'none'}"
+            f"inputs = '{inputs}': a model has no signature on these texts, but on {', '.join(known) or 'none'}"
         )
     return found

@@ -35,6 +35,13 @@ DROPOUT = {"micro_batch", "deterministic", "order"}
         ("gkd", {"student_fraction": 0.5}, {}, set(), {"rollouts", "resume"}),
         ("seqkd", {"variant": "hard"}, {}, set(), {"targets", "order"}),
         ("promptkd", {"teacher_dropout": True}, {}, {*DROPOUT, "frozen_eval"}, {"frozen", "resume"}),
+        ("panda", {"positions": "all"}, {}, {"micro_batch"}, {"order", "padding", "deterministic", "frozen"}),
+        ("panda", {"teacher_train_mode": True}, {}, {*DROPOUT, "frozen_eval"}, {"frozen", "resume"}),
+        ("panda_late", {"teacher_train_mode": True}, {}, {*DROPOUT, "frozen_eval"}, {"repeatable"}),
+        ("panda", {"inputs": "target"}, {}, set(), {"resume", "micro_batch"}),
+        ("panda", {}, {"student_dropout": True}, DROPOUT, {"frozen_eval", "resume"}),
+        ("panda", {"prompt": "shallow", "prompt_length": 3}, {}, set(), {"targets", "padding"}),
+        ("pot_early", {"reparameterize": 4}, {}, set(), {"isolated", "saved"}),
         ("sft", {}, {"student_dropout": True}, DROPOUT, {"repeatable", "resume"}),
         ("sft", {}, {"mean": "micro_batch"}, {"micro_batch"}, {"order", "deterministic", "repeatable"}),
     ],
@@ -568,6 +575,147 @@ BROKEN_CLASSES: dict[str, tuple[list[str], set[str], dict[str, str]]] = {
         },
     ),
 }
+
+
+ENCODER_HEAD = '''
+"""A method that is wrong on purpose."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from kdbench.distiller import Batch, freeze
+from kdbench.distillers._transfer import PromptConfig, PromptTuned, counted, prompted, task_losses, unit_mean
+
+
+class Wrong(PromptTuned):
+    @dataclass
+    class Config(PromptConfig):
+        pass
+
+    def __init__(self, cfg, student, sources: nn.ModuleList, target):
+        super().__init__(cfg, prompted(student, cfg))
+        self.sources, self.target = freeze(sources), freeze(target)
+
+    def values(self, batch):
+        return task_losses(self.student(batch), batch, self.student.task_format)
+'''
+
+BROKEN_ENCODERS: dict[str, tuple[set[str], str]] = {
+    "labelled_tokens_counted_by_the_piece": (
+        {"micro_batch"},
+        """
+        def loss(self, batch, step):
+            return self.values(batch).mean() * batch.size / batch.totals.examples
+        """,
+    ),
+    "first_token_not_read": (
+        {"targets"},
+        """
+        def loss(self, batch, step):
+            if "labels" in batch:
+                return super().loss(batch, step)
+            logits = self.student.head(self.student.states(batch)[:, 1])
+            return unit_mean(task_losses(logits, batch, "classes"), batch)
+        """,
+    ),
+    "padding_seen": (
+        {"padding"},
+        """
+        def loss(self, batch, step):
+            ids = batch["input_ids"]
+            beyond = torch.arange(ids.shape[1]) >= batch["length"][:, None]
+            seen = 1.0 + ((ids > 0) & beyond).sum(1)
+            return unit_mean(self.values(batch) * seen if "labels" not in batch else self.values(batch), batch)
+        """,
+    ),
+    "dropout_of_another_role": (
+        {"frozen_eval", "deterministic", "micro_batch", "order"},
+        """
+        def loss(self, batch, step):
+            self.target.train()
+            with torch.no_grad():
+                gap = self.target(batch).mean()
+            self.target.eval()
+            return super().loss(batch, step) * (1 + gap)
+        """,
+    ),
+    "source_changed": (
+        {"frozen", "resume"},
+        """
+        def train_step(self, batch, step):
+            super().train_step(batch, step)
+            with torch.no_grad():
+                self.sources[1].prompt.vectors.mul_(0.9)
+        """,
+    ),
+    "field_of_no_batch": (
+        {"fields"},
+        """
+        def loss(self, batch, step):
+            return super().loss(batch, step) + 0 * batch["word_index"].sum()
+        """,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_ENCODERS)
+def test_law_catches_behind_a_prompt(name: str, tmp_path: Path) -> None:
+    expected, body = BROKEN_ENCODERS[name]
+    laws = checks.check(encoder_plugin(tmp_path, body), only=FAST)
+    assert {law.name for law in laws if law.status == "fail"} == expected, checks.render(laws)
+
+
+def encoder_plugin(folder: Path, body: str) -> str:
+    path = folder / "wrong.py"
+    path.write_text(ENCODER_HEAD + "\n" + textwrap.indent(textwrap.dedent(body), "    "))
+    return str(path)
+
+
+def test_other_roles_stand_on_the_students_encoder(tmp_path: Path) -> None:
+    body = """
+    def prepare(self, data, step):
+        assert len(self.sources) > 1
+        models = [*self.sources, self.target]
+        assert all(model.encoder is self.student.encoder for model in models)
+        assert all(model.prompt.length == self.cfg.prompt_length for model in models)
+        assert len({float(model.prompt.vectors.sum()) for model in models}) == len(models)
+        assert all("own.cls_hidden" in model.signature for model in models)
+        assert self.student.task_format in ("classes", "tokens")
+    """
+    laws = checks.check(encoder_plugin(tmp_path, body), {"prompt_length": 5}, only=["fields"])
+    assert [law.status for law in laws] == ["pass"], checks.render(laws)
+
+
+def test_both_formats_are_tried(tmp_path: Path) -> None:
+    """A law that breaks on labelled tokens alone is named, and so is one on classes alone."""
+    for field in ("labels", "class_label"):
+        body = f"""
+        def loss(self, batch, step):
+            if {field!r} in batch:
+                raise ValueError("here")
+            return super().loss(batch, step)
+        """
+        laws = checks.check(encoder_plugin(tmp_path, body), only=["order"])
+        assert [(law.name, law.status) for law in laws] == [("fields", "fail")]
+        assert laws[0].reason.startswith("ValueError: here (wrong.py:")
+
+
+def test_what_a_setting_breaks_is_told() -> None:
+    for settings, told in (
+        ({"positions": "all"}, {"micro_batch": "logits at padding are compared (positions)"}),
+        (
+            {"teacher_train_mode": True},
+            {
+                "micro_batch": "the teacher's dropout masks follow the cut (teacher_train_mode)",
+                "frozen_eval": "the teacher's dropout is on (teacher_train_mode)",
+            },
+        ),
+    ):
+        for law in checks.check("panda", settings, only=list(told)):
+            assert law.status == "not claimed"
+            assert law.reason.startswith(told[law.name])
 
 
 @pytest.mark.parametrize("head", ["masked_lm", "sequence"])

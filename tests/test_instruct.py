@@ -62,10 +62,11 @@ def test_the_papers_sets_are_known_with_their_splits() -> None:
     assert known["unni"].files["test"].local is None
     assert known["unni-short"].hub is None
     for one in known.values():
-        assert one.kind in ("instruct", "text", "classify")
+        assert one.kind in ("instruct", "text", "classify", "transfer")
         assert one.source
         assert one.licence
-        assert all(len(file.sha256) == 64 for file in one.files.values() if file.local)
+        told = [len(file.sha256) == 64 for file in one.files.values() if file.local]
+        assert all(told) or (one.kind == "transfer" and not any(told))  # of some no local copy is known
 
 
 def test_default_settings_read_the_local_folder(tmp_path: Path) -> None:
@@ -305,7 +306,8 @@ def gpt2() -> Callable[[], PreTrainedTokenizerFast]:
 def test_real_sets_have_their_published_checksums() -> None:
     assert REAL is not None
     told = data.sources(Path(REAL))
-    assert {one["local"] for one in told} == {"present", "hub only"}
+    assert {one["local"] for one in told if one["sha256"]} == {"present"}
+    assert {one["local"] for one in told if not one["sha256"]} <= {"hub only", "lacking"}
     task = Instruct(None, Path(REAL))
     known = data.known("instruct")
     for split in task.splits():

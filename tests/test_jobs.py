@@ -108,6 +108,29 @@ def test_jobs_wait_for_what_they_need_and_fill_the_slots() -> None:
     assert order.index("b") > order.index("init")
 
 
+def test_each_line_says_how_far_all_runs_are_and_how_long_they_will_take() -> None:
+    jobs = [fake(name) for name in ("a1", "a2", "a3", "b1", "b2")]
+    for job in jobs:
+        job.row = job.label[0]
+    took = {"a1": 60.0, "a2": 120.0, "a3": 90.0, "b1": 600.0, "b2": 600.0}
+    workers = Pretend({name: lambda s=s: Outcome("done", "", s) for name, s in took.items()})  # type: ignore[misc]
+    workers.run(jobs, 1)
+    ends = [line.partition(" [")[2] for line in workers.lines if " [" in line]
+    assert ends == [
+        "1/5, about 4 min 0 s to go]",  # nothing is known of b yet: as long as a
+        "2/5, about 4 min 30 s to go]",
+        "3/5, about 3 min 0 s to go]",
+        "4/5, about 10 min 0 s to go]",
+        "5/5]",
+    ]
+
+
+def test_one_run_alone_does_not_say_that_it_is_all() -> None:
+    workers = Pretend({})
+    workers.run([fake("teacher", gives="t"), fake("a", needs=("t",))], 1)
+    assert not any("[" in line for line in workers.lines)
+
+
 def test_a_failed_stage_takes_its_runs_with_it_and_no_other() -> None:
     jobs = [
         fake("teacher", gives="t"),

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from kdbench.distiller import target_mask
 from kdbench.errors import UserError
 from kdbench.task import template
-from kdbench.tasks.text import MASKED_LM_FIELDS, Text
+from kdbench.tasks.text import ENCODER_FIELDS, MASKED_LM_FIELDS, Text
 
 REAL = os.environ.get("KDBENCH_DATA_ROOT")
 
@@ -111,9 +111,27 @@ def test_chunks_between_marks_are_the_same_stream(
     assert (batch["input_ids"][1, len(rows[-1]["ids"]) :] == pad).all()
 
 
-def test_a_tokenizer_without_marks_is_refused(words: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_bare_encoder_reads_the_same_chunks_as_one_segment(
+    words: Path, marked_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    task = text(str(words), max_length=16)
+    both = {head: task.encoder(marked_tokenizer, head) for head in ("masked_lm", "encoder")}
+    rows = {head: task.rows("train", one) for head, one in both.items()}
+    assert rows["encoder"] is rows["masked_lm"]
+    made = {head: task.collate(rows[head][-3:], {"student": one}) for head, one in both.items()}
+    assert set(made["encoder"]) == set(ENCODER_FIELDS) == set(task.fields_of("encoder"))
+    for name in MASKED_LM_FIELDS:
+        assert torch.equal(made["encoder"][name], made["masked_lm"][name]), name
+    assert made["encoder"]["segment_ids"].shape == made["encoder"]["input_ids"].shape
+    assert not made["encoder"]["segment_ids"].any()
+
+
+@pytest.mark.parametrize("head", ["masked_lm", "encoder"])
+def test_a_tokenizer_without_marks_is_refused(
+    words: Path, tiny_tokenizer: PreTrainedTokenizerFast, head: str
+) -> None:
     with pytest.raises(UserError, match="it has no cls token; set cls_token in its tokenizer_config.json"):
-        text(str(words)).encoder(tiny_tokenizer, "masked_lm")
+        text(str(words)).encoder(tiny_tokenizer, head)
 
 
 @pytest.mark.parametrize("head", ["causal_lm", "masked_lm"])

@@ -94,12 +94,14 @@ class Transferred(PromptTuned):
     cfg: PandaConfig
 
     def breaks(self) -> Mapping[str, str]:
-        if self.cfg.positions == "all":
-            why = "logits at padding are compared, and how many there are follows from the batch"
-            return {"micro_batch": why, "padding": why, "processes": why}
+        broken: dict[str, str] = {}
+        if self.cfg.positions == "all" and self.student.task_format in ("tokens", "span"):
+            why = "logits at padding are compared (positions), up to the longest row of a piece"
+            broken["micro_batch"] = why
         if self.cfg.teacher_train_mode:
-            return {"micro_batch": "the teacher's dropout masks follow the cut"}
-        return {}
+            broken["micro_batch"] = "the teacher's dropout masks follow the cut (teacher_train_mode)"
+            broken["frozen_eval"] = "the teacher's dropout is on (teacher_train_mode)"
+        return broken
 
     def start_at(self, source: PromptedEncoder) -> None:
         """Begin at the source's prompt, where the settings say so."""
@@ -120,11 +122,13 @@ class Transferred(PromptTuned):
                 found[name] = similarity(source, target, name, cfg.representation)
         if "probe.cls_hidden" in target.signature:
             found["semantic_probe"] = similarity(source, target, "semantic", cfg.representation, "probe")
+        told = [dict(model.signature) for model in (source, target)]
         if cfg.inputs == "target":
             for model in (source, target):
                 read = signature(model, data.batches("train", 64, cfg.texts))
                 model.signature |= {f"target.{name}": value for name, value in read.items()}
         found["chosen"] = similarity(source, target, cfg.metric, cfg.representation, cfg.inputs)
+        source.signature, target.signature = told  # read again where it is asked for: it belongs to no run
         return found
 
     def weight(self, chosen: float, step: Step) -> float:

@@ -31,15 +31,18 @@ from kdbench.errors import UserError, unknown
 from kdbench.task import Encoder, Row, Task, causal_lm_batch, template, tokenizer_hash
 
 MASKED_LM_FIELDS = ("example_id", "input_ids", "length", "cloze_index")
+ENCODER_FIELDS = ("example_id", "input_ids", "length", "segment_ids", "cloze_index")
 
 
 class MarkedEncoder(Encoder):
     """An encoder of chunks that stand between a tokenizer's CLS and SEP, both counted in `max_length`.
 
+    With `segments` a batch numbers its tokens' segments.
+
     Raises: UserError when the tokenizer lacks one of them, or `max_length` leaves no room between.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, segments: bool = False) -> None:
         marks: list[int] = []
         for name in ("cls", "sep"):
             token = getattr(tokenizer, f"{name}_token_id", None)
@@ -51,7 +54,7 @@ class MarkedEncoder(Encoder):
         if max_length < 3:
             raise UserError(f"task text: max_length must be at least 3 tokens with marks, is {max_length}")
         pad: Any = tokenizer.pad_token_id
-        self.tokenizer = tokenizer
+        self.tokenizer, self.segments = tokenizer, segments
         self.max_prompt = self.max_length = max_length
         self.cls, self.eos = marks
         self.pad = self.eos if pad is None else int(pad)
@@ -68,7 +71,7 @@ class Text(Task):
     """
 
     name: ClassVar[str] = "text"
-    heads: ClassVar[tuple[str, ...]] = ("causal_lm", "masked_lm")
+    heads: ClassVar[tuple[str, ...]] = ("causal_lm", "masked_lm", "encoder")
 
     @dataclass
     class Settings:
@@ -174,10 +177,12 @@ class Text(Task):
     def encoder(self, tokenizer: PreTrainedTokenizerBase, head: str = "causal_lm") -> Encoder:
         """An encoder whose length limit is a chunk's; it has no use for a prompt's."""
         width = self.settings.max_length
-        return MarkedEncoder(tokenizer, width) if head == "masked_lm" else Encoder(tokenizer, 1, width)
+        if head == "causal_lm":
+            return Encoder(tokenizer, 1, width)
+        return MarkedEncoder(tokenizer, width, segments=head == "encoder")
 
     def fields_of(self, head: str) -> tuple[str, ...]:
-        return MASKED_LM_FIELDS if head == "masked_lm" else self.fields
+        return {"masked_lm": MASKED_LM_FIELDS, "encoder": ENCODER_FIELDS}.get(head, self.fields)
 
     def select(self, split: str, encoder: Encoder) -> list[Row]:
         """The chunks of a split: rows with `ids`, int64 [max_length] at most; one that holds a single token
@@ -213,7 +218,7 @@ class Text(Task):
 
     def collate(self, rows: Sequence[Row], encoders: Mapping[str, Encoder]) -> Batch:
         """Chunks as a Batch: `length` the chunk's, and `prompt_length` 1 or, between marks, `cloze_index` -1
-        (no position is masked for certain).
+        (no position is masked for certain); for a bare encoder also `segment_ids` [B, T], all 0.
         """
         encoder = encoders["student"]
         ids, numbers = [row["ids"] for row in rows], [row["example_id"] for row in rows]
@@ -221,6 +226,8 @@ class Text(Task):
             return causal_lm_batch(numbers, ids, [1] * len(rows), encoder.eos)
         batch = causal_lm_batch(numbers, ids, [1] * len(rows), encoder.pad)
         kept = {name: value for name, value in batch.items() if name != "prompt_length"}
+        if encoder.segments:
+            kept["segment_ids"] = torch.zeros_like(batch["input_ids"])
         return Batch({**kept, "cloze_index": torch.full((len(rows),), -1)})
 
     def _locate(self, name: str, kind: str) -> list[tuple[Path, str | None]]:

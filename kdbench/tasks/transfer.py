@@ -4,8 +4,9 @@ Source: tasks, metrics and inputs of PANDA (Zhong et al. 2022), https://arxiv.or
 public `p-tuning-v2` code, which follows P-tuning v2 (Liu et al. 2022), https://arxiv.org/abs/2110.07602:
 scores are those of the official validation split (MNLI matched), for the tests' labels are not public.
 Differs: see `kdbench.transfer` for the dev split; a local data folder may hold other copies or samples of the
-sets, and each copy's checksum enters the task's revision; tags of the semantic role sets are those of their
-own files. MR, MPQA, TREC and SNLI are no part of the paper; they serve small studies.
+sets, and each copy's checksum enters the task's revision; SST-2 is that of `kdbench.tasks.fewshot`, whole
+sentences without GLUE's phrases; tags of the semantic role sets are those of their own files, and the
+predicate is a segment of its own. MR, MPQA, TREC and SNLI are no part of the paper; they serve small studies.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from kdbench import data
-from kdbench.errors import UserError, unknown
+from kdbench.errors import Missing, UserError, unknown
 from kdbench.task import Row
 from kdbench.transfer import OUTSIDE, TransferData, TransferTask
 
 _ORIGINS = ("auto", "hub", "local")
-_HIGHLIGHT = re.compile(r"\s*@highlight\s+")
+_HIGHLIGHT = re.compile(r"@highlight\s+")
 _PLACE = "@placeholder"
 _Make = Callable[[Row, str], list[Row]]
 
@@ -97,7 +98,7 @@ def _multirc(item: Row, where: str) -> list[Row]:
 
 def _record(item: Row, where: str) -> list[Row]:
     """The passage, and the query with one of the passage's entities in its gap; a row per entity."""
-    passage = _HIGHLIGHT.sub(" ", _get(item, where, "text"))
+    passage = _HIGHLIGHT.sub("- ", _get(item, where, "text"))
     query, answers = _get(item, where, "query"), _texts(item, where, "answers")
     if _PLACE not in query:
         raise UserError(f"{where}: 'query' lacks {_PLACE}")
@@ -121,11 +122,18 @@ def _tags(item: Row, where: str) -> list[Row]:
         tags = _texts(item, where, "tags")
     else:
         tags = [OUTSIDE] * len(words)
-        for one in item["entities"]:
-            start, end = one["start"], one["end"]
-            tags[start:end] = [f"{'I' if i else 'B'}-{one['type']}" for i in range(end - start)]
-    row = {"words": words, "tags": tags}
-    return [{**row, "predicate": _get(item, where, "predicate")} if "predicate" in item else row]
+        for one in _get(item, where, "entities", list):
+            start, end = (_get(one, f"{where}: entity", name, int) for name in ("start", "end"))
+            if not 0 <= start < end <= len(words):
+                raise UserError(f"{where}: entity {start} to {end} is not within {len(words)} words")
+            kind = _get(one, f"{where}: entity", "type")
+            tags[start:end] = [f"{'I' if i else 'B'}-{kind}" for i in range(end - start)]
+    return [{"words": words, "tags": tags}]
+
+
+def _roles(item: Row, where: str) -> list[Row]:
+    """Words and tags of the semantic roles of one predicate, which is the second segment."""
+    return [{**row, "predicate": _get(item, where, "predicate")} for row in _tags(item, where)]
 
 
 def _span(item: Row, where: str) -> list[Row]:
@@ -133,8 +141,10 @@ def _span(item: Row, where: str) -> list[Row]:
     text, question = _get_raw(item, where, "text"), _get(item, where, "question")
     row: Row = {"text": text, "question": question, "block": text}
     if isinstance(item.get("answers"), dict):
-        given = item["answers"]
-        row |= {"answers": list(given["text"]), "answer_start": int(given["answer_start"][0])}
+        given, told = item["answers"], f"{where}: answers"
+        row["answers"] = _texts(given, told, "text")
+        if begins := _get(given, told, "answer_start", list):
+            row["answer_start"] = int(begins[0])
     else:
         row["answers"] = _texts(item, where, "answers")
         if "answer_start" in item:
@@ -196,8 +206,8 @@ _RECIPES = {
     "qqp": _Recipe(_classes, "classes", "accuracy", ("not_duplicate", "duplicate")),
     "squad": _Recipe(_span, "span", "token_f1", max_length=384),
     "conll03": _Recipe(_tags, "tokens", "entity_f1", _bio("PER", "ORG", "LOC", "MISC"), pair=False),
-    "conll05": _Recipe(_tags, "tokens", "entity_f1"),
-    "conll12": _Recipe(_tags, "tokens", "entity_f1"),
+    "conll05": _Recipe(_roles, "tokens", "entity_f1"),
+    "conll12": _Recipe(_roles, "tokens", "entity_f1"),
     "ontonotes": _Recipe(_tags, "tokens", "entity_f1", _bio(*_ONTONOTES), pair=False),
     # no part of the paper
     "mr": _Recipe(_classes, "classes", "accuracy", _POLARITY, pair=False),
@@ -290,7 +300,12 @@ class Transfer(TransferTask):
         assert place.hub_file is not None
         items, digests, commit = [], [], ""
         for name in (place.hub_file, *place.hub_more):
-            path, commit = data.fetch(one.hub, name, one.hub_revision)
+            try:
+                path, commit = data.fetch(one.hub, name, one.hub_revision)
+            except Missing as error:
+                looked = self.settings.source == "auto" and self.data_root is not None and place.local
+                lacking = f"{self.data_root} lacks {place.local}[.gz]; " if looked else ""
+                raise Missing(f"data set '{one.name}': {lacking}{name} of {error}") from error
             found, digest = data.read_records(path, one)
             items += found
             digests.append(digest)
