@@ -332,6 +332,7 @@ def _bare_encoder(role: str, seed: int, shared: bool, form: str) -> nn.Module:
     return model  # type: ignore[no-any-return]
 
 
+@functools.cache
 def _format_rows(count: int, first: int, form: str) -> Batch:
     """Rows as the tasks of transfer collate them, of two formats; each word's first token has a label."""
     rows = _class_rows(count, first, ["student"], prompted=False, shared=False)

@@ -196,6 +196,7 @@ def texts_of(model: PromptedEncoder, inputs: str) -> dict[str, Tensor]:
     if not found:
         known = sorted({name.partition(".")[0] for name in model.signature})
         raise ValueError(
-            f"inputs = '{inputs}': a model has no signature on these texts, but on {', '.join(known) or 'none'}"
+            f"inputs = '{inputs}': a model has no signature on these texts, "
+            f"but on {', '.join(known) or 'none'}"
         )
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import textwrap
 from pathlib import Path
 
@@ -15,11 +16,18 @@ PLUGINS = sorted(str(path) for path in (Path(__file__).parent / "plugins").glob(
 QUICK = {"prompt_distiller": {"probe_steps": 3}}  # settings that shorten what a method prepares
 
 
+@functools.cache
+def laws_of(method: str) -> dict[str, checks.Law]:
+    """All laws of a method, those that the others stand on tried once; where one of these fails, it alone."""
+    return {law.name: law for law in checks.check(method, QUICK.get(method))}
+
+
 @pytest.mark.parametrize("law", list(checks.LAWS))
 @pytest.mark.parametrize("method", [*METHODS, *PLUGINS], ids=registry.stem)
 def test_method_keeps_law(method: str, law: str) -> None:
-    for result in checks.check(method, QUICK.get(method), only=[law]):
-        assert result.status == "pass", checks.render([result])
+    found = laws_of(method)
+    result = found.get(law) or next(iter(found.values()))
+    assert result.status == "pass", checks.render([result])
 
 
 # ----------------------------------------------------------- settings that break a law and say so
@@ -627,7 +635,7 @@ BROKEN_ENCODERS: dict[str, tuple[set[str], str]] = {
             ids = batch["input_ids"]
             beyond = torch.arange(ids.shape[1]) >= batch["length"][:, None]
             seen = 1.0 + ((ids > 0) & beyond).sum(1)
-            return unit_mean(self.values(batch) * seen if "labels" not in batch else self.values(batch), batch)
+            return unit_mean(self.values(batch) * (1.0 if "labels" in batch else seen), batch)
         """,
     ),
     "dropout_of_another_role": (

@@ -1,4 +1,4 @@
-"""PANDA and its fusions: weights and schedules by hand, what stays frozen, what each reduces to, bit for bit."""
+"""PANDA and its fusions: weights and schedules by hand, what stays frozen, what each reduces to."""
 
 from __future__ import annotations
 

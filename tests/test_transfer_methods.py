@@ -1,6 +1,4 @@
-"""Full and prompt tuning, transfer from one source and from several: losses by hand, what is handed over, what
-stays as it is.
-"""
+"""Full and prompt tuning, transfer from one source and from several: losses by hand, what is handed over."""
 
 from __future__ import annotations
 

@@ -191,10 +191,10 @@ TASKS = {
     "staff": Made("staff", "review", _mood_of("staff"), "classes", _MOOD, 1600, opposed="food"),
     "when": Made("when", "trip", _when, "classes", ("early", "late"), 1600),
     "names": Made("names", "trip", _names, "tokens", TAGS, 1600),
-    "mood_few": Made("mood", "review", _mood, "classes", _MOOD, 16),
-    "food": Made("food", "review", _mood_of("food"), "classes", _MOOD, 128, opposed="staff"),
-    "agree": Made("agree", "review", _agree, "classes", _YES, 256),
-    "names_few": Made("names", "trip", _names, "tokens", TAGS, 24),
+    "mood_few": Made("mood", "review", _mood, "classes", _MOOD, 8),
+    "food": Made("food", "review", _mood_of("food"), "classes", _MOOD, 96, opposed="staff"),
+    "agree": Made("agree", "review", _agree, "classes", _YES, 128),
+    "names_few": Made("names", "trip", _names, "tokens", TAGS, 12),
 }
 
 
