@@ -339,10 +339,13 @@ def _format_rows(count: int, first: int, form: str) -> Batch:
     names = ["example_id", "input_ids", "length", "segment_ids"]
     fields = {name: rows[name] for name in names}
     if form == "classes":
-        return Batch({**fields, "class_label": rows["class_label"]})
+        cloze = 1 + torch.arange(count) % (rows["length"] - 2)
+        cloze = cloze.masked_fill(torch.arange(count) % 3 == 1, -1)
+        return Batch({**fields, "class_label": rows["class_label"], "cloze_index": cloze})
     word = rows["word_index"]
     starts = (word >= 0) & (word != torch.nn.functional.pad(word, (1, 0), value=-1)[:, :-1])
-    return Batch({**fields, "labels": (rows["input_ids"] % CLASSES).masked_fill(~starts, IGNORED)})
+    labels = (rows["input_ids"] % CLASSES).masked_fill(~starts, IGNORED)
+    return Batch({**fields, "labels": labels, "cloze_index": starts.long().argmax(1)})
 
 
 def _format_sets(roles: Sequence[str], shared: bool, form: str) -> dict[str, Batch]:
@@ -395,8 +398,9 @@ def _logits(model: nn.Module) -> Tensor:
     """Outputs of a model on fixed inputs."""
     ids = torch.arange(5, 25).reshape(2, 10)
     with evaluating(model):
-        logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    return logits
+        out = model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    found: Tensor = out.logits if "logits" in out else out.pooler_output
+    return found
 
 
 HEADS = {

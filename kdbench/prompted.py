@@ -145,6 +145,9 @@ class PromptedEncoder(nn.Module):
     def pooled(self, states: Tensor) -> Tensor:
         """Return the pooled first token [B, H], or its state where the encoder has no pooler."""
         pooler: Any = getattr(self.encoder, "pooler", None)
+        if isinstance(pooler, nn.Linear):  # ALBERT's, whose activation stands beside it
+            encoder: Any = self.encoder
+            return encoder.pooler_activation(pooler(states[:, 0]))  # type: ignore[no-any-return]
         return states[:, 0] if pooler is None else pooler(states)
 
     # ---- files

@@ -42,6 +42,7 @@ from kdbench.errors import OutOfMemory, UserError
 from kdbench.harness import Source, SourceData, Trainer
 from kdbench.processes import Processes
 from kdbench.prompted import PromptedEncoder
+from kdbench.record import load
 from kdbench.selection import Selection
 from kdbench.streams import stream_seed
 from kdbench.strict import to_dict
@@ -354,12 +355,25 @@ class Materials:
         """
         found = {role: self.model(role) for role in self.own}
         for role, spec in self.linked.items():
-            runs = [
-                PromptedEncoder.load(self.places.runs / self.run.board / run / "student", found["student"])
-                for run in spec.runs
-            ]
+            runs = [PromptedEncoder.load(self._made(role, run), found["student"]) for run in spec.runs]
             found[role] = runs[0] if spec.each is None else nn.ModuleList(runs)
         return {role: found[role] for role in self.run.roles}
+
+    def _made(self, role: str, run: str) -> Path:
+        """The folder of the model that a run of another row made.
+
+        Raises: UserError where the run is not finished, or its model is gone.
+        """
+        folder = self.places.runs / self.run.board / run
+        whose = f"roles.{role}: run {run} of the row '{self.run.roles[role].row}'"
+        if not (folder / "record.json").is_file():
+            raise UserError(f"{whose} is not there: {folder}")
+        record = load(folder / "record.json")
+        if record.status != "done":
+            raise UserError(f"{whose} {record.status}: {record.reason}")
+        if not (folder / "student").is_dir():
+            raise UserError(f"{whose} has no model left; remove {folder} and it is made again")
+        return folder / "student"
 
     def saved(self, role: str, folder: Path) -> nn.Module:
         """Return the model that a run saved in `folder`, as this role. Raises: UserError where it is none."""

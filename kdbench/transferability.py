@@ -21,7 +21,7 @@ then set against 0, in Su et al. they are those of the prompt alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -30,7 +30,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
 
 from kdbench.distiller import Batch
+from kdbench.errors import UserError
 from kdbench.prompted import PromptedEncoder
+from kdbench.prompts import SoftPrompt
 from kdbench.rollout import evaluating
 
 Metric = Literal["semantic", "e_avg", "e_concat", "e_pairwise", "on"]
@@ -77,8 +79,13 @@ def signature(model: PromptedEncoder, batches: Iterable[Batch]) -> dict[str, Ten
     the feed-forward layers' outputs at the first token, `active` [L, F] the share of texts where it is above
     0. A choice between sentences counts as that many texts; `mean_tokens` is over a text's own tokens.
 
+    Without a pooler there is no `pooler`.
+
     Raises: ValueError without a text.
     """
+    # rows of a shallow prompt stand before the text in every layer
+    start = model.prompt.length if isinstance(model.prompt, SoftPrompt) else 0
+    pools = getattr(model.encoder, "pooler", None) is not None
     sums: dict[str, Tensor] = {}
     count = 0
     with evaluating(model), _activations(model.encoder) as heard:
@@ -89,8 +96,10 @@ def signature(model: PromptedEncoder, batches: Iterable[Batch]) -> dict[str, Ten
             kept = length > 0
             real = (torch.arange(states.shape[1], device=states.device) < length[:, None])[..., None]
             mean = states.double().masked_fill(~real, 0.0).sum(1) / length.clamp(min=1)[:, None]
-            first = torch.stack([layer[:, 0] for layer in heard], 1).double() if heard else None
-            found = {"cls_hidden": states[:, 0], "pooler": model.pooled(states), "mean_tokens": mean}
+            first = torch.stack([layer[:, start] for layer in heard], 1).double() if heard else None
+            found = {"cls_hidden": states[:, 0], "mean_tokens": mean}
+            if pools:
+                found["pooler"] = model.pooled(states)
             if first is not None:
                 found |= {"activation": first, "active": (first > 0).double()}
             for name, value in found.items():
@@ -130,30 +139,30 @@ def _activations(encoder: nn.Module) -> Iterator[list[Tensor]]:
 def semantic(
     one: Mapping[str, Tensor], other: Mapping[str, Tensor], representation: str = "cls_hidden"
 ) -> float:
-    """Return the cosine of two tasks' mean representations. Raises: ValueError for one that they lack."""
+    """Return the cosine of two tasks' mean representations. Raises: UserError for one that they lack."""
     if representation not in one or representation not in other:
-        raise ValueError(f"a signature has no '{representation}': it has {', '.join(sorted(one))}")
+        known = ", ".join(sorted(one))
+        raise UserError(f"representation = '{representation}': this encoder has none; there are {known}")
     return float(cosine_similarity(one[representation].double(), other[representation].double(), dim=0))
 
 
 def neurons(
     one: Mapping[str, Tensor],
     other: Mapping[str, Tensor],
-    layers: Sequence[int] | None = None,
+    layers: int = 0,
     by_text: bool = False,
 ) -> float:
     """Return the overlap of the units that two tasks activate.
 
-    Args: `layers`: only these, None: all; `by_text`: compare how often a unit is active instead of whether
-    its mean activation is above 0.
+    Args: `layers`: only as many, the top ones; 0: all; `by_text`: compare how often a unit is active instead
+    of whether its mean activation is above 0.
 
-    Raises: ValueError where the activations of one are not known.
+    Raises: UserError where the activations of one are not known.
     """
     name = "active" if by_text else "activation"
     if name not in one or name not in other:
-        raise ValueError("the units that a task activates are not known for this encoder")
-    chosen = slice(None) if layers is None else list(layers)
-    a, b = one[name][chosen], other[name][chosen]
+        raise UserError("metric = 'on': the units that a task activates are not known for this encoder")
+    a, b = one[name][-layers:], other[name][-layers:]  # -0: all
     return overlap(a, b) if by_text else overlap(a > 0, b > 0)
 
 
@@ -163,13 +172,15 @@ def similarity(
     metric: str,
     representation: str = "cls_hidden",
     inputs: str = "own",
+    layers: int = 0,
+    by_text: bool = False,
 ) -> float:
     """Return the predicted transferability of a source to a target, in [-1, 1].
 
     Args: `inputs`: the texts of the signatures, by the name that they have in it: each task's own, or a
-    common set of texts.
+    common set of texts; `layers` and `by_text`: of `on`, as in `neurons`.
 
-    Raises: ValueError for a metric that does not exist, or that needs what a model lacks.
+    Raises: ValueError for a metric that does not exist, UserError for one that needs what a model lacks.
     """
     if metric not in METRICS:
         raise ValueError(f"metric = '{metric}' is none of {', '.join(METRICS)}")
@@ -179,7 +190,9 @@ def similarity(
         }[metric]  # fmt: skip
         return form(table_of(source), table_of(target))
     one, other = texts_of(source, inputs), texts_of(target, inputs)
-    return semantic(one, other, representation) if metric == "semantic" else neurons(one, other)
+    return (
+        semantic(one, other, representation) if metric == "semantic" else neurons(one, other, layers, by_text)
+    )
 
 
 def table_of(model: PromptedEncoder) -> Tensor:
@@ -190,12 +203,12 @@ def table_of(model: PromptedEncoder) -> Tensor:
 
 
 def texts_of(model: PromptedEncoder, inputs: str) -> dict[str, Tensor]:
-    """Return the model's signature on the texts `inputs`. Raises: ValueError where it has none."""
+    """Return the model's signature on the texts `inputs`. Raises: UserError where it has none."""
     start = f"{inputs}."
     found = {n.removeprefix(start): v for n, v in model.signature.items() if n.startswith(start)}
     if not found:
         known = sorted({name.partition(".")[0] for name in model.signature})
-        raise ValueError(
+        raise UserError(
             f"inputs = '{inputs}': a model has no signature on these texts, "
             f"but on {', '.join(known) or 'none'}"
         )

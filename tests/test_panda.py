@@ -220,8 +220,8 @@ def test_a_numbers_term_is_a_squared_difference() -> None:
     weight = 0.7 * similarity(method.source, method.target, "semantic")
     by_hand = (q - batch["target"]).square().mean() + weight * (q - p).square().mean()
     assert method.loss(batch, FakeStep()).item() == pytest.approx(by_hand.item(), abs=1e-12)
-    with pytest.raises(ValueError, match="needs a distribution; a number has none"):
-        panda(base, distill="prob_kl", **CONST).loss(batch, FakeStep())
+    with pytest.raises(UserError, match="needs a distribution; the task has a number"):
+        panda(base, distill="prob_kl", **CONST)
 
 
 def test_hidden_states_and_prompts_by_hand() -> None:

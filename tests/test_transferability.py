@@ -9,6 +9,7 @@ import torch
 from encoder_kit import FAMILIES, LAYERS, WIDTH, M, encoder, otherwise_padded, rows, tuned
 from torch import Tensor
 
+from kdbench.errors import UserError
 from kdbench.transferability import (
     METRICS,
     e_avg,
@@ -54,9 +55,9 @@ def test_neurons_by_hand() -> None:
     one = {"activation": torch.tensor([[0.2, -1.0], [3.0, 0.1]]), "active": torch.tensor([[1.0, 0], [1, 1]])}
     other = {"activation": torch.tensor([[1.0, 2.0], [-1.0, 9]]), "active": torch.tensor([[0.5, 1], [0, 1]])}
     assert neurons(one, other) == pytest.approx(2 / 3, abs=1e-12)
-    assert neurons(one, other, layers=[0]) == pytest.approx(1 / 2**0.5, abs=1e-12)
+    assert neurons(one, other, layers=1) == pytest.approx(1 / 2**0.5, abs=1e-12)
     assert neurons(one, other, by_text=True) == pytest.approx(1.5 / (3**0.5 * 1.5), abs=1e-12)
-    with pytest.raises(ValueError, match="are not known for this encoder"):
+    with pytest.raises(UserError, match="are not known for this encoder"):
         neurons(one, {})
 
 
@@ -65,7 +66,7 @@ def test_semantic_by_hand() -> None:
     assert semantic(one, one) == pytest.approx(1.0, abs=1e-12)
     assert semantic(one, other) == pytest.approx(0.0, abs=1e-12)
     assert semantic(one, {"cls_hidden": -one["cls_hidden"]}) == pytest.approx(-1.0, abs=1e-12)
-    with pytest.raises(ValueError, match="a signature has no 'pooler': it has cls_hidden"):
+    with pytest.raises(UserError, match="'pooler': this encoder has none; there are cls_hidden"):
         semantic(one, other, "pooler")
 
 
@@ -207,7 +208,7 @@ def test_similarity_reads_what_it_is_told_to() -> None:
         model.signature["probe.cls_hidden"] = torch.ones(WIDTH)
     assert similarity(one, other, "semantic", inputs="probe") == pytest.approx(1.0, abs=1e-6)
     assert similarity(one, other, "semantic") < 0.999
-    with pytest.raises(ValueError, match="no signature on these texts, but on own, probe"):
+    with pytest.raises(UserError, match="no signature on these texts, but on own, probe"):
         similarity(one, other, "semantic", inputs="target")
     with pytest.raises(ValueError, match="metric = 'cosine' is none of semantic, e_avg"):
         similarity(one, other, "cosine")

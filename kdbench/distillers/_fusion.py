@@ -4,20 +4,23 @@
 
 Source: the early fusion that PANDA names (Zhong et al. 2024, https://arxiv.org/abs/2208.10160); no code or
 formula of it is public, so this is a reconstruction.
+Differs: one prompt trained on all sources together, with a head for each, is not offered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from kdbench.distillers._panda import chosen_sources
+from kdbench.distillers._panda import chosen_sources, predicted
+from kdbench.errors import UserError
 from kdbench.prompted import PromptedEncoder
-from kdbench.transferability import similarity
+
+FUSED = "fused.weights"  # in the signature of a model that began at a fused prompt: the weight of each source
 
 
 @dataclass
@@ -50,18 +53,17 @@ class Fused:
         return sum(weight * self.similarities[i] for i, weight in self.weights.items())
 
 
-def fuse(
-    cfg: Any, sources: Iterable[Any], target: PromptedEncoder, seen: Sequence[float] | None = None
-) -> Fused:
+def fuse(cfg: Any, sources: Iterable[Any], target: PromptedEncoder) -> Fused:
     """Return the weighted mean of the chosen sources' prompts.
 
-    Args: `cfg`: a `FusionConfig` with `metric`, `representation` and `inputs`; `seen`: the similarities,
-    where they are known already.
+    Args: `cfg`: a `FusionConfig` with what `predicted` reads.
+
+    Raises: UserError for prompts that an MLP makes: the mean of its weights makes no mean of prompts.
     """
     models = [cast(PromptedEncoder, one) for one in sources]
-    found = list(seen) if seen is not None else [
-        similarity(one, target, cfg.metric, cfg.representation, cfg.inputs) for one in models
-    ]  # fmt: skip
+    if any(getattr(one.prompt, "mlp", None) is not None for one in models):
+        raise UserError("reparameterize: prompts that an MLP makes cannot be fused; set reparameterize = 0")
+    found = [predicted(cfg, one, target) for one in models]
     chosen = chosen_sources(found, cfg.top_k)
     scores = torch.tensor([found[i] for i in chosen], dtype=torch.float64)
     shares = (

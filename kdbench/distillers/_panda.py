@@ -14,9 +14,10 @@ training mode (`teacher_train_mode`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from kdbench.distillers._transfer import (
     squared_gaps,
     unit_mean,
 )
+from kdbench.errors import UserError
 from kdbench.prompted import PromptedEncoder
 from kdbench.rollout import evaluating
 from kdbench.transferability import METRICS, Metric, Representation, signature, similarity, table_of
@@ -71,9 +73,11 @@ class PandaConfig(PromptConfig):
     inputs: Literal["own", "probe", "target"] = (
         "own"  # texts that are represented: each task's, common, the target's
     )
+    neuron_layers: int = 0  # of the metric `on`: as many top layers; 0: all
+    neurons_by_text: bool = False  # of `on`: how often a unit is active, not whether its mean is above 0
     distill: Literal["logits", "cls_hidden", "prompt", "prob_kl"] = "logits"  # what is drawn to the teacher's
     temperature: float = 1.0  # of prob_kl
-    divide_by_batch: bool = False  # divide the mean squared gap by the update's number of examples once more
+    divide_by_batch: bool = False  # divide the mean squared gap of logits or states by the update's examples
     positions: Literal["labelled", "all"] = "labelled"  # of token tasks: where logits are compared
     teacher_train_mode: bool = False  # the teacher's own dropout is on
     student_init: Literal["random", "source"] = "random"
@@ -84,6 +88,8 @@ class PandaConfig(PromptConfig):
             raise ValueError("lam0 and beta must be 0 or more")
         if self.temperature <= 0 or self.schedule_epochs < 1:
             raise ValueError("temperature must be above 0, schedule_epochs 1 or more")
+        if self.divide_by_batch and self.distill not in ("logits", "cls_hidden"):
+            raise ValueError("divide_by_batch is for distill = 'logits' and 'cls_hidden'")
         if self.positions == "all" and self.distill != "logits":
             raise ValueError("positions = 'all' compares logits; set distill = 'logits'")
 
@@ -103,6 +109,24 @@ class Transferred(PromptTuned):
             broken["frozen_eval"] = "the teacher's dropout is on (teacher_train_mode)"
         return broken
 
+    def check_teacher(self, teacher: PromptedEncoder) -> None:
+        """Raises: UserError for a teacher of another format or number of outputs, or of another prompt where
+        prompts are compared.
+        """
+        (form, outputs), (theirs, their_outputs) = (
+            (one.task_format, one.outputs) for one in (self.student, teacher)
+        )
+        if (form, outputs) != (theirs, their_outputs):
+            raise UserError(
+                f"teacher: its head is for {theirs} ({their_outputs} outputs), the task needs {form} "
+                f"({outputs}); "
+                "a teacher is tuned on the target, as in a row of the method pot"
+            )
+        if self.cfg.distill == "prob_kl" and form == "number":
+            raise UserError("distill = 'prob_kl' needs a distribution; the task has a number")
+        if self.cfg.distill == "prompt" and table_of(teacher).shape != table_of(self.student).shape:
+            raise UserError("distill = 'prompt' needs a teacher with the same prompt and prompt_length")
+
     def start_at(self, source: PromptedEncoder) -> None:
         """Begin at the source's prompt, where the settings say so."""
         if self.cfg.student_init == "source":
@@ -117,17 +141,18 @@ class Transferred(PromptTuned):
         """
         cfg = self.cfg
         found: dict[str, float] = {}
+        same = table_of(source).shape == table_of(target).shape
         for name in METRICS:
-            if name != "on" or "own.activation" in target.signature:
-                found[name] = similarity(source, target, name, cfg.representation)
+            if (name != "on" or "own.activation" in target.signature) and (name != "e_concat" or same):
+                found[name] = predicted(cfg, source, target, name, "own")
         if "probe.cls_hidden" in target.signature:
-            found["semantic_probe"] = similarity(source, target, "semantic", cfg.representation, "probe")
+            found["semantic_probe"] = predicted(cfg, source, target, "semantic", "probe")
         told = [dict(model.signature) for model in (source, target)]
         if cfg.inputs == "target":
             for model in (source, target):
                 read = signature(model, data.batches("train", 64, cfg.texts))
                 model.signature |= {f"target.{name}": value for name, value in read.items()}
-        found["chosen"] = similarity(source, target, cfg.metric, cfg.representation, cfg.inputs)
+        found["chosen"] = predicted(cfg, source, target)
         source.signature, target.signature = told  # read again where it is asked for: it belongs to no run
         return found
 
@@ -144,10 +169,11 @@ class Transferred(PromptTuned):
         logits = self.student.outputs_from(states, batch)
         task = self.task_loss(logits, batch)
         lam = self.weight(similarity, step)
+        step.log(task=task, weight=lam * batch.size / max(batch.totals.examples, 1.0))  # its share of the sum
         if lam == 0:
             return task
         distance = self.distance(states, logits, teacher, batch)
-        step.log(task=task, distance=distance)
+        step.log(distance=distance)
         return task + lam * distance
 
     def distance(self, states: Tensor, logits: Tensor, teacher: PromptedEncoder, batch: Batch) -> Tensor:
@@ -159,19 +185,20 @@ class Transferred(PromptTuned):
         their_states, p = self.taught(teacher, batch)
         if cfg.distill == "cls_hidden":
             gaps = (states[:, 0] - their_states[:, 0]).square().mean(-1).view(batch.size, -1).mean(-1)
-            return gaps.sum() / max(batch.totals.examples, 1.0)
+            return self.divided(gaps.sum() / max(batch.totals.examples, 1.0), batch)
         if cfg.distill == "prob_kl":
             return unit_mean(divergences(logits, p, batch, form, cfg.temperature), batch)
-        return self.gap(logits, p, batch)
+        return self.divided(self.gap(logits, p, batch), batch)
+
+    def divided(self, mean: Tensor, batch: Batch) -> Tensor:
+        """Return a mean squared gap, over the update's number of examples where the settings say so."""
+        return mean / max(batch.totals.examples, 1.0) if self.cfg.divide_by_batch else mean
 
     def gap(self, q: Tensor, p: Tensor, batch: Batch) -> Tensor:
-        """Return the mean squared difference of student and teacher logits, as the settings count it."""
-        cfg, examples = self.cfg, max(batch.totals.examples, 1.0)
-        if cfg.positions == "all":
-            mean = (q - p).square().flatten(1).mean(1).sum() / examples
-        else:
-            mean = unit_mean(squared_gaps(q, p, batch, self.student.task_format), batch)
-        return mean / examples if cfg.divide_by_batch else mean
+        """Return the mean squared difference of student and teacher logits at the settings' positions."""
+        if self.cfg.positions == "all":
+            return (q - p).square().flatten(1).mean(1).sum() / max(batch.totals.examples, 1.0)
+        return unit_mean(squared_gaps(q, p, batch, self.student.task_format), batch)
 
     @torch.no_grad()
     def taught(self, teacher: PromptedEncoder, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -180,6 +207,24 @@ class Transferred(PromptTuned):
             teacher.train(self.cfg.teacher_train_mode)
             states = teacher.states(batch)
             return states, teacher.outputs_from(states, batch)
+
+
+def predicted(
+    cfg: Any, source: PromptedEncoder, target: PromptedEncoder, metric: str = "", inputs: str = ""
+) -> float:
+    """Return the similarity of a source to the target, by the settings' metric and texts or by others.
+
+    Raises: UserError for one that cannot be had, or is no number.
+    """
+    found = similarity(
+        source, target, metric or cfg.metric, cfg.representation, inputs or cfg.inputs, cfg.neuron_layers,
+        cfg.neurons_by_text,
+    )  # fmt: skip
+    if not math.isfinite(found):
+        raise UserError(
+            f"metric = '{metric or cfg.metric}': the similarity of a source to the target is {found}"
+        )
+    return found
 
 
 def chosen_sources(similarities: Sequence[float], k: int) -> list[int]:

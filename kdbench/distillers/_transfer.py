@@ -22,6 +22,7 @@ from kdbench.distiller import Batch, Data, Distiller, Step
 from kdbench.errors import UserError
 from kdbench.prompted import PromptedEncoder, outputs_of
 from kdbench.prompts import DeepPrompt, SoftPrompt
+from kdbench.rollout import evaluating
 from kdbench.transferability import signature
 
 IGNORED = -100  # in `labels`: this token has no label
@@ -34,7 +35,9 @@ class PromptConfig:
 
     prompt: Literal["deep", "shallow"] = "deep"  # keys and values of every layer, or vectors before the text
     prompt_length: int = 20  # prompt tokens
-    prompt_init_std: float = 0.02  # of the normal noise that prompt and head start from
+    prompt_init_std: float = (
+        0.02  # of the prompt's normal noise; the head's is the encoder's initializer_range
+    )
     reparameterize: int = (
         0  # width of the two-layer MLP that makes a deep prompt; 0: none (the code's is 512)
     )
@@ -54,11 +57,14 @@ def prompted(encoder: nn.Module, cfg: PromptConfig) -> PromptedEncoder:
     """Return the frozen encoder behind a random prompt, with a new head for its task.
 
     The prompt is drawn first: runs of one seed share it, whatever their task.
+
+    Raises: UserError for an encoder that takes no deep prompt.
     """
     any_encoder: Any = encoder
     prompt: DeepPrompt | SoftPrompt
     if cfg.prompt == "deep":
         prompt = DeepPrompt(any_encoder.config, cfg.prompt_length, cfg.prompt_init_std, cfg.reparameterize)
+        _check_deep(any_encoder, prompt)
     else:
         width = any_encoder.get_input_embeddings().weight.shape[1]
         prompt = SoftPrompt(cfg.prompt_init_std * torch.randn(cfg.prompt_length, width))
@@ -66,6 +72,26 @@ def prompted(encoder: nn.Module, cfg: PromptConfig) -> PromptedEncoder:
     return PromptedEncoder(
         encoder, prompt, config.task_format, outputs_of(config), getattr(config, "initializer_range", 0.02)
     )
+
+
+def _check_deep(encoder: nn.Module, prompt: DeepPrompt) -> None:
+    """Raises: UserError for an encoder whose attention does not read keys and values that it is given."""
+    any_encoder: Any = encoder
+    own = next(encoder.parameters())
+    ids = torch.zeros(1, 1, dtype=torch.long, device=own.device)
+    mask = torch.ones(1, 2, dtype=torch.long, device=own.device)
+    cache = prompt.cache(prompt.table()[:1].detach().to(own)[None])
+    with torch.no_grad(), evaluating(encoder):
+        try:
+            encoder(input_ids=ids, attention_mask=mask, past_key_values=cache)
+            taken = cache.get_seq_length() > 1
+        except (TypeError, RuntimeError, AttributeError):
+            taken = False
+    if not taken:
+        raise UserError(
+            f"{any_encoder.config.model_type} encoders take no keys and values from before: "
+            "set prompt = 'shallow'"
+        )
 
 
 def load_prompt(model: PromptedEncoder, tensors: Mapping[str, Tensor], where: str) -> None:

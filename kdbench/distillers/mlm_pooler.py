@@ -9,7 +9,8 @@ pooler keeps its random weights, and prompts in front of a frozen encoder learn 
 Source: the masked part of Devlin et al. 2019 (BERT), https://arxiv.org/abs/1810.04805, sec. 3.1; the bag of
 words from one vector is PV-DBOW of Le and Mikolov 2014, https://arxiv.org/abs/1405.4053, sec. 2.3.
 Differs: BERT's pooler is trained by next-sentence prediction, which needs documents; here any text serves.
-Tokens are chosen as in `mlm`. What predicts words from states is trained too and not kept.
+Tokens are chosen as in `mlm`; the mark between two segments is one like others. What predicts words from
+states is trained too and not kept.
 """
 
 from __future__ import annotations
@@ -51,10 +52,11 @@ class MLMPooler(Distiller):
             raise ValueError("the student has no pooler: mlm_pooler is for encoders that have one")
         self.mask_token, self.vocabulary, self.never_drawn = tokens_of(encoder.config)
         width, std = encoder.config.hidden_size, getattr(encoder.config, "initializer_range", 0.02)
-        self.transform = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
+        first = nn.Linear(width, width)
+        self.transform = nn.Sequential(first, nn.GELU(), nn.LayerNorm(width))
         self.bias = nn.Parameter(torch.zeros(self.vocabulary))
         self.bag = nn.Linear(width, self.vocabulary)
-        for linear in (self.transform[0], self.bag):
+        for linear in (first, self.bag):
             nn.init.normal_(linear.weight, std=std)
             nn.init.zeros_(linear.bias)
         self.to(next(student.parameters()).dtype)

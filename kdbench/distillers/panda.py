@@ -28,7 +28,7 @@ class Panda(Transferred):
     class Config(PandaConfig):
         """The prompt, and the distillation."""
 
-    prepare_reads = ("metric", "representation", "inputs", "texts")
+    prepare_reads = ("metric", "representation", "inputs", "texts", "neuron_layers", "neurons_by_text")
 
     def __init__(
         self,
@@ -40,6 +40,7 @@ class Panda(Transferred):
     ) -> None:
         super().__init__(cfg, prompted(student, cfg), teacher)
         self.source, self.target = freeze(source), freeze(target)
+        self.check_teacher(teacher)
         self.start_at(source)
 
     def prepare(self, data: Data, step: Step) -> None:

@@ -13,12 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from kdbench.distiller import Batch, Step
-from kdbench.distillers._fusion import FusionConfig, fuse
+from kdbench.distillers._fusion import FUSED, FusionConfig, fuse
 from kdbench.distillers._panda import PandaConfig, Transferred
 from kdbench.distillers._transfer import load_prompt, prompted
+from kdbench.errors import UserError
 from kdbench.prompted import PromptedEncoder
 
 
@@ -27,7 +29,7 @@ class PandaEarly(Transferred):
 
     @dataclass
     class Config(FusionConfig, PandaConfig):
-        """Settings of the fusion and of the distillation; those of the teacher's row should be the same."""
+        """Settings of the fusion, those of the teacher's row, and of the distillation."""
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -45,8 +47,16 @@ class PandaEarly(Transferred):
         target: PromptedEncoder,
     ) -> None:
         super().__init__(cfg, prompted(student, cfg), teacher)
+        self.check_teacher(teacher)
         fused = fuse(cfg, sources, target)
         self.similarity, self.weights = fused.similarity, fused.weights
+        mine = torch.tensor([fused.weights.get(i, 0.0) for i in range(len(sources))])
+        told = teacher.signature.get(FUSED)
+        if told is not None and (told.shape != mine.shape or not torch.allclose(told.cpu(), mine, atol=1e-5)):
+            raise UserError(
+                "teacher: it began at another prompt; its row needs a fusion with the same top_k, tau, "
+                "weights, metric, representation and inputs"
+            )
         if cfg.student_init == "source":
             load_prompt(self.student, fused.prompt, "sources")
 
@@ -55,5 +65,6 @@ class PandaEarly(Transferred):
         return self.taught_loss(cast(PromptedEncoder, self.teacher), self.similarity, batch, step)
 
     def measures(self) -> Mapping[str, float]:
+        """Also `weight_<i>`, by the place of a source among those that are not the target."""
         told = {f"weight_{i}": weight for i, weight in self.weights.items()}
         return {**super().measures(), "chosen": self.similarity, **told}

@@ -46,7 +46,7 @@ class PandaLate(Transferred):
                 raise ValueError("student_init = 'source' needs one source; here are several")
 
     cfg: Config
-    prepare_reads = ("metric", "representation", "inputs", "texts")
+    prepare_reads = ("metric", "representation", "inputs", "texts", "neuron_layers", "neurons_by_text")
 
     def __init__(
         self,
@@ -60,6 +60,8 @@ class PandaLate(Transferred):
             raise ValueError(f"there are {len(teachers)} teachers for {len(sources)} sources")
         super().__init__(cfg, prompted(student, cfg))
         self.teachers, self.sources, self.target = freeze(teachers), freeze(sources), freeze(target)
+        for teacher in teachers:
+            self.check_teacher(cast(PromptedEncoder, teacher))
 
     def prepare(self, data: Data, step: Step) -> None:
         """Compare every source to the target."""
@@ -82,6 +84,8 @@ class PandaLate(Transferred):
         chosen = self.chosen
         weights = {i: self.weight(self.state["similarities"][i], step) / len(chosen) for i in chosen}
         weights = {i: weight for i, weight in weights.items() if weight}
+        share = batch.size / max(batch.totals.examples, 1.0)
+        step.log(task=task, weight=sum(weights.values()) * share)
         if not weights:
             return task
         if self.cfg.fusion == "mean_logits":
@@ -92,17 +96,17 @@ class PandaLate(Transferred):
                     for i, w in weights.items()
                 ]
             )
-            total = whole * self.gap(logits, shares.sum(0), batch)
+            total = whole * self.divided(self.gap(logits, shares.sum(0), batch), batch)
         else:
             total = sum(
                 (w * self.distance(states, logits, cast(PromptedEncoder, teachers[i]), batch)
                  for i, w in weights.items()),
                 start=torch.zeros_like(task),
             )  # fmt: skip
-        step.log(task=task, distance=total)
+        step.log(weighted_distance=total)
         return task + total
 
     def measures(self) -> Mapping[str, float]:
         found = self.state["similarities"]
-        told = {f"source_{i}": value for i, value in enumerate(found)}
+        told = {f"source_{i}": value for i, value in enumerate(found)}  # by place, the target left out
         return {**super().measures(), **told, "sources": float(len(self.chosen))}

@@ -15,7 +15,7 @@ number of rows alone. How a source stands to a target follows from the rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -51,8 +51,9 @@ EARLY = _words("dawn morning sunrise breakfast")
 LATE = _words("night evening sunset supper")
 FRAME = _words("the was and but , . a had we at before met near")
 
-# What words say of a text; words of the frame say nothing.
-KINDS = (GOOD, BAD, PLAIN, *ASPECTS.values(), FIRST, LAST, PLACE, BOTH, LEAVE, EARLY, LATE)
+MOODS = (BAD, PLAIN, GOOD)
+# What other words say of a text; words of the frame say nothing.
+KINDS = (*ASPECTS.values(), FIRST, LAST, PLACE, BOTH, LEAVE, EARLY, LATE)
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 TAGS = ("O", "B-person", "I-person", "B-place")
@@ -143,12 +144,14 @@ def _mood(rng: Rng) -> Row | None:
 
 
 def _mood_of(aspect: str) -> Callable[[Rng], Row | None]:
-    """The mood of the one clause about `aspect`; half of the texts are of the other mood on the whole."""
+    """The mood of the one clause about `aspect`; in half of the texts the others are of the opposite mood."""
 
     def rule(rng: Rng) -> Row | None:
-        made = review(rng, (2, 3), 1.0)
-        own = [mood for of, mood in zip(made.aspects, made.moods, strict=True) if of == aspect]
-        if len(own) != 1 or not own[0]:
+        against, made = rng.chance(0.5), review(rng, (2, 3), 1.0)
+        told = list(zip(made.aspects, made.moods, strict=True))
+        own = [mood for of, mood in told if of == aspect]
+        rest = sum(mood for of, mood in told if of != aspect)
+        if len(own) != 1 or not own[0] * rest or (own[0] * rest < 0) != against:
             return None
         return {"text": made.text, "label": "good" if own[0] > 0 else "bad"}
 
@@ -239,8 +242,25 @@ def pretraining(rng: Rng) -> tuple[str, str]:
             a, b = mixed[0].text, mixed[1].text
         else:
             a, b = (trip(rng).text if kind == 1 else review(rng).text), ""
-        if not is_test(f"{a} | {b}" if b else a):
+        if not any(is_test(text) for text in ((a, b, f"{a} | {b}") if b else (a,))):
             return a, b
+
+
+def kinds(words: Sequence[str]) -> list[int]:
+    """Return for each word of a text the number of what it says, -1 where it says nothing: its kind, and of a
+    mood also which aspect it is of.
+    """
+    aspects = {noun: number for number, nouns in enumerate(ASPECTS.values()) for noun in nouns}
+    moods = {word: number for number, group in enumerate(MOODS) for word in group}
+    plain = {word: number for number, group in enumerate(KINDS) for word in group}
+    out = []
+    for at, word in enumerate(words):
+        if word in moods:  # "a good soup", "the soup was good"
+            noun = words[at + 1] if words[at + 1] in aspects else words[at - 2]
+            out.append(len(KINDS) + len(MOODS) * aspects[noun] + moods[word])
+        else:
+            out.append(plain.get(word, -1))
+    return out
 
 
 # --------------------------------------------------------------------------------------------------
@@ -249,7 +269,7 @@ def pretraining(rng: Rng) -> tuple[str, str]:
 
 @lru_cache
 def _bert() -> str:
-    words = sorted({word for group in (*KINDS, FRAME) for word in group})
+    words = sorted({word for group in (*MOODS, *KINDS, FRAME) for word in group})
     core = Tokenizer(models.WordLevel({t: i for i, t in enumerate((*SPECIALS, *words))}, unk_token="[UNK]"))
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -261,14 +281,6 @@ def _bert() -> str:
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     return core.to_str()
-
-
-@lru_cache
-def kinds() -> tuple[int, ...]:
-    """Return for each token id the number of its word's kind, -1 where it has none."""
-    kind = {word: number for number, words in enumerate(KINDS) for word in words}
-    ids = Tokenizer.from_str(_bert()).get_vocab()
-    return tuple(kind.get(word, -1) for word in sorted(ids, key=ids.__getitem__))
 
 
 def tokenizer(name: str, task: str) -> PreTrainedTokenizerFast:

@@ -44,8 +44,11 @@ class TinyTransfer(TransferTask):
         for name in ("dev", "test"):
             if getattr(given, name) < 1:
                 raise UserError(f"task tiny_transfer: {name} = {getattr(given, name)} must be 1 or more")
-        if given.selection != "train":
-            raise UserError("task tiny_transfer: it has a dev split of its own; leave selection = 'train'")
+        for name in ("selection", "dev_share", "dev_limit"):
+            if getattr(given, name) != getattr(TransferTask.Settings, name):
+                raise UserError(
+                    f"task tiny_transfer: {name} says nothing here: it has dev rows of its own; set dev"
+                )
         self._made = world.TASKS[given.dataset]
         super().__init__(given, data_root)
 

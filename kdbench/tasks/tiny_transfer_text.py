@@ -74,15 +74,21 @@ class TinyTransferText(Task):
 
     def collate(self, rows: Sequence[Row], encoders: Mapping[str, Any]) -> Batch:
         """`example_id` [B], `input_ids` and `segment_ids` [B, T] (right-padded), `length` [B]; `bag_ids`
-        [B, T] are the kinds of the words, -1 for words without one; `cloze_index` [B] is -1: no token is
+        [B, T] say what the words tell (`world.kinds`), -1 for nothing; `cloze_index` [B] is -1: no token is
         masked for certain.
         """
         made = encoders["student"].tensors([self._item(row, encoders["student"]) for row in rows])
+        told = torch.full_like(made["input_ids"], -1)
+        for at, row in enumerate(rows):
+            kinds = world.kinds(row["text_a"].split())
+            if row["text_b"]:  # after the mark between both
+                kinds += [-1, *world.kinds(row["text_b"].split())]
+            told[at, 1 : 1 + len(kinds)] = torch.tensor(kinds)
         return Batch(
             {
                 "example_id": torch.tensor([row["example_id"] for row in rows], dtype=torch.int64),
                 **made,
-                "bag_ids": torch.tensor(world.kinds())[made["input_ids"]],
+                "bag_ids": told,
                 "cloze_index": torch.full((len(rows),), -1),
             }
         )
