@@ -146,7 +146,8 @@ def run(
     axes = commands.chosen_axes(question, chosen, rows, axis)
     for name in rows:  # most mistakes are found here, before torch is imported
         for values in axes[name][:1]:
-            config.resolve(question, chosen, name, numbers[0], overrides, axes=values, among=rows)
+            among = [*rows, *config.linked_rows(question, chosen)]
+            config.resolve(question, chosen, name, numbers[0], overrides, axes=values, among=among)
     places = _places(runs, data_root)
     threads = question.sizes[chosen].threads
     commands.quiet(threads)
@@ -286,9 +287,11 @@ def profile(
     question = config.load_board(board)
     chosen = _size(question, size)
     rows = list(dict.fromkeys(method)) or [row.name for row in question.rows if not row.reference]
-    axes = commands.narrowed(question.axis_values(chosen), lambda one: one, axis, question.id)[0]
+    values = commands.chosen_axes(question, chosen, rows, axis)
+    axes = {name: found[0] for name, found in values.items() if found}
+    rows = list(axes)
     for name in rows:  # most mistakes are found here, before torch is imported
-        config.resolve(question, chosen, name, question.seeds[0], overrides, axes=axes, among=rows)
+        config.resolve(question, chosen, name, question.seeds[0], overrides, axes=axes[name], among=rows)
     places = _places(runs_dir(), data_root)
     commands.quiet(question.sizes[chosen].threads)
     if not dry_run:
@@ -297,14 +300,15 @@ def profile(
     from kdbench import profile as measuring
 
     commands.silence()
-    runs = commands.to_profile(question, chosen, rows, overrides, used, axes)
+    runs = commands.to_profile(question, chosen, rows, overrides, used, axes, bool(method))
     wanted = measuring.Wanted(steps, random_weights, prompt_tokens, response_tokens, vocabulary)
     told = measuring.forecast(runs, places(), wanted)  # what cannot be had is refused before anything is done
     if dry_run:
         print(told)
         return
     machine, found = measuring.measure_all(runs, places(), wanted, _say)
-    where = f"{question.id} ({commands.said(axes)})" if axes else question.id
+    first = next(iter(axes.values()))
+    where = f"{question.id} ({commands.said(first)})" if first else question.id
     text = render(where, chosen, machine, found, format)
     if out is None:
         print(text, end="")

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -162,18 +162,36 @@ def plans(
     if places.progress and len(wanted) > MANY:
         print(f"planning {len(wanted)} runs", file=sys.stderr, flush=True)
     planner, missing = Planner(board, size, overrides, rows, device, places), dict[str, int]()
+    made: list[Plan] = []
     for seed, values, name in wanted:
         try:
-            planner.plan(name, seed, values)
+            made.append(planner.plan(name, seed, values))
         except Missing as error:
             if not board.axes:
                 raise
             missing[str(error)] = missing.get(str(error), 0) + 1
-    if missing and not planner.plans:
+    if missing and not made:
         raise Missing(next(iter(missing)))
     for reason, count in missing.items():
         print(f"left out: {count} run{'s' * (count > 1)}: {reason}", file=sys.stderr, flush=True)
-    return list(planner.plans.values())
+    found = list(with_needs(made))
+    planner.check_overrides(found)
+    return found
+
+
+def with_needs(plans: Iterable[Plan]) -> Iterator[Plan]:
+    """The plans, each once and after those that it needs."""
+    seen: set[str] = set()
+
+    def all_of(plan: Plan) -> Iterator[Plan]:
+        if plan.id not in seen:
+            seen.add(plan.id)
+            for other in plan.needs:
+                yield from all_of(other)
+            yield plan
+
+    for plan in plans:
+        yield from all_of(plan)
 
 
 def chosen_axes(
@@ -184,23 +202,20 @@ def chosen_axes(
 
     Raises: UserError for an axis or value that no row has.
     """
-    own = {name: board.row_axis_values(_named_row(board, name), size) for name in rows}
+    own = {name: board.row_axis_values(name, size) for name in rows}
     where = f"{board.id}, size {size}"
-    narrowed(_distinct(one for values in own.values() for one in values), lambda one: one, axis, where)
-    found = {}
-    for name, values in own.items():
-        given = [text for text in axis if text.partition("=")[0].strip() in values[0]]
-        try:
-            found[name] = narrowed(values, lambda one: one, given, where)
-        except UserError:  # the row has none of these values, another has
-            found[name] = []
+    every = _distinct(one for values in own.values() for one in values)
+    kept = {}
+    for name in _asked(axis):
+        given = [text for text in axis if text.partition("=")[0].strip() == name]
+        kept[name] = {_text(one[name]) for one in narrowed(every, lambda one: one, given, where)}
+    found = {
+        row: [one for one in values if all(_text(one[name]) in kept[name] for name in one if name in kept)]
+        for row, values in own.items()
+    }
+    if axis and not any(found.values()):
+        raise UserError(f"{where}: --axis {' '.join(axis)}: nothing has all of these values")
     return found
-
-
-def _named_row(board: Board, name: str) -> str:
-    """The board's row that a name, or a plug-in's file, stands for."""
-    stem = registry.stem(name)
-    return stem if registry.is_path(name) and board.row(stem) is not None else name
 
 
 def _distinct(values: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -208,7 +223,7 @@ def _distinct(values: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class Planner:
-    """Plans runs, each after the runs of other rows that its roles name; `plans` by id, in that order."""
+    """Plans runs, with the runs of other rows that their roles name."""
 
     def __init__(
         self,
@@ -219,9 +234,9 @@ class Planner:
         device: str,
         places: Places,
     ) -> None:
-        self.board, self.size, self.overrides, self.among = board, size, list(overrides), list(among)
+        self.board, self.size, self.overrides = board, size, list(overrides)
+        self.among = [*among, *config.linked_rows(board, size)]
         self.device, self.places = device, places
-        self.plans: dict[str, Plan] = {}
         self._made: dict[str, Plan] = {}
         self._failed: dict[str, Missing] = {}
         self._tasks: dict[str, type[Any]] = {}
@@ -232,51 +247,76 @@ class Planner:
 
         Raises: UserError where it cannot be made; Missing where its data, or those of what it needs, lack.
         """
-        key = json.dumps([name, seed, dict(axes), bool(before)], sort_keys=True)
+        told = self._overrides(name) if before else self.overrides
+        key = json.dumps([name, seed, dict(axes), told], sort_keys=True)
         if key in self._failed:
             raise self._failed[key]
         if key not in self._made:
             try:
-                self._made[key] = self._plan(name, seed, axes, before)
+                self._made[key] = self._plan(name, seed, axes, told, before)
             except Missing as error:
                 self._failed[key] = error
                 raise
         return self._made[key]
 
-    def _plan(self, name: str, seed: int, axes: Mapping[str, Any], before: tuple[str, ...]) -> Plan:
+    def _overrides(self, name: str) -> list[str]:
+        """The overrides that a run takes which another row's role names."""
+        row = self.board.row(name)
+        assert row is not None
+        own = {"task", name, registry.stem(row.method)}
+        return [one for one in self.overrides if config.parse_override(one).section in own]
+
+    def check_overrides(self, plans: Iterable[Plan]) -> None:
+        """Raises: UserError for an override of a row or method that none of the runs is of."""
+        names = {"method"}
+        for plan in plans:
+            names |= {plan.run.row.partition("[")[0], registry.stem(plan.run.method)}
+        for text in self.overrides:
+            section = config.parse_override(text).section
+            if section not in names and section in self.among:
+                raise UserError(f"--set {text}: no run of '{section}' is asked for, nor needed")
+
+    def _plan(
+        self, name: str, seed: int, axes: Mapping[str, Any], overrides: Sequence[str], before: tuple[str, ...]
+    ) -> Plan:
         from kdbench.runner import Plan, needed
 
-        overrides, among = self.overrides, self.among
-        if before:
-            row = self.board.row(name)
-            assert row is not None
-            own = {"task", name, registry.stem(row.method)}
-            overrides = [one for one in overrides if config.parse_override(one).section in own]
-            among = [*among, name]
-        run = _run(self.board, self.size, name, seed, overrides, dict(axes), among, self.device, self._tasks)
+        run = _run(
+            self.board, self.size, name, seed, overrides, dict(axes), self.among, self.device, self._tasks
+        )
         run, needs = self.linked(needed(run), before)
-        plan = Plan(run, self.places, needs)
-        return self.plans.setdefault(plan.id, plan)
+        return Plan(run, self.places, needs)
 
     def linked(self, run: RunConfig, before: tuple[str, ...] = ()) -> tuple[RunConfig, list[Plan]]:
-        """The run with the ids of those that its roles name, and their plans.
+        """The run with the ids of those that its roles name, and their plans. Where settings of these were
+        changed, its name says so too: it is no run of the board's row.
 
         Raises: UserError for rows that need each other, or an axis whose value is not known.
         """
         roles: dict[str, config.Role] = dict(run.roles)
         needs: list[Plan] = []
+        line = run.row.partition("[")[0]  # without what was changed
         for name, role in run.roles.items():
             if role.row is None:
                 continue
-            where = f"{self.board.id}: row '{run.row}': roles.{name}"
-            if role.row in (*before, run.row):
-                raise UserError(f"{where}: rows need each other: {' -> '.join([*before, run.row, role.row])}")
+            where = f"{self.board.id}: row '{line}': roles.{name}"
+            if name == "student":
+                raise UserError(f"{where}: a student has a model of its own, not another row's")
+            if role.row in (*before, line):
+                raise UserError(f"{where}: rows need each other: {' -> '.join([*before, line, role.row])}")
             found = [
-                self.plan(role.row, run.seed, values, (*before, run.row))
+                self.plan(role.row, run.seed, values, (*before, line))
                 for values in self._values(role, run, where)
             ]
+            if len({plan.id for plan in found}) < len(found):
+                raise UserError(
+                    f"{where}: each = '{role.each}' stands for one run of '{role.row}' more than once: say at"
+                )
             needs += found
             roles[name] = dataclasses.replace(role, runs=[plan.id for plan in found])
+        if changed := dict.fromkeys(plan.run.row for plan in needs if "[" in plan.run.row):
+            told = ", ".join(changed)
+            run = dataclasses.replace(run, row=f"{run.row}[{told}]", title=f"{run.title} [{told}]")
         return dataclasses.replace(run, roles=roles), needs
 
     def _values(self, role: config.Role, run: RunConfig, where: str) -> list[dict[str, Any]]:
@@ -286,6 +326,11 @@ class Planner:
         assert row is not None
         known = self.board.axes if row.axes is None else row.axes
         drawn: list[dict[str, Any]] = [{}]
+        for axis in role.at:
+            if axis not in known:
+                raise unknown("axis", axis, known, f"{where}: at: row '{role.row}'")
+        if "{" in str(role.without):
+            raise UserError(f"{where}: without = '{role.without}': the row has no such axis")
         if role.each is not None:
             values = {**self.board.axes, **self.board.sizes[self.size].axes}[role.each]
             drawn = [{role.each: one} for one in values if one != role.without]
@@ -295,7 +340,10 @@ class Planner:
         for one in drawn:
             told = {**run.axes, **one}
             told |= {axis: config.filled(value, one) for axis, value in role.at.items()}
-            lacking = [axis for axis in known if axis not in told or "{" in str(told[axis])]
+            for axis, value in told.items():
+                if "{" in str(value):
+                    raise UserError(f"{where}: at.{axis} = '{value}': the row has no such axis")
+            lacking = [axis for axis in known if axis not in told]
             if lacking:
                 raise UserError(
                     f"{where}: does not say which {lacking[0]} of the row '{role.row}'; set at.{lacking[0]}"
@@ -345,10 +393,12 @@ def to_profile(
     methods: Sequence[str],
     overrides: Sequence[str],
     device: str,
-    axes: dict[str, Any],
+    axes: Mapping[str, dict[str, Any]],
+    named: bool = True,
 ) -> list[RunConfig]:
-    """The runs of these rows, methods or files whose steps are measured: of the first seed, with the roles
-    that each method asks for.
+    """The runs of these rows, methods or files whose steps are measured: of the first seed, at these axis
+    values of each, with the roles that each method asks for. A row whose roles other rows' runs fill is left
+    out and said, or refused where it was `named`.
 
     Raises: UserError for the first that cannot be made.
     """
@@ -356,10 +406,21 @@ def to_profile(
 
     runs, tasks = [], dict[str, type[Any]]()
     for name in methods:
-        run = _run(board, size, name, board.seeds[0], overrides, axes, methods, device, tasks)
+        run = _run(board, size, name, board.seeds[0], overrides, axes[name], methods, device, tasks)
         if not run.training.optimizer_steps:
             raise UserError(f"{name}: takes no step on {board.id}, there is nothing to measure")
-        runs.append(config.keep_roles(run, needed_roles(registry.load_distiller(run.method))))
+        run = config.keep_roles(run, needed_roles(registry.load_distiller(run.method)))
+        if linked := [f"{role} ({spec.row})" for role, spec in run.roles.items() if spec.row]:
+            told = f"{name}: takes models of other rows' runs, which are not made here: {', '.join(linked)}"
+            if named:
+                raise UserError(told)
+            print(f"left out: {told}", file=sys.stderr, flush=True)
+            continue
+        runs.append(run)
+    if not runs:
+        raise UserError(
+            f"{board.id}: every row takes models of other rows' runs; there is nothing to measure"
+        )
     return runs
 
 
@@ -700,7 +761,8 @@ class Pair:
 
 def pairs(one: Sequence[RunFolder], other: Sequence[RunFolder]) -> tuple[list[Pair], list[str]]:
     """(both methods' runs for each combination of axis values, of the training seeds that both have there;
-    what is left out for lack of a counterpart). Two single runs are taken as they are.
+    what is left out for lack of a counterpart). Two single runs are taken as they are. Of a row without one
+    of the axes the same runs stand beside the other row's at each value of it.
 
     Raises: UserError where they have no axis values and training seed in common.
     """
@@ -716,8 +778,9 @@ def pairs(one: Sequence[RunFolder], other: Sequence[RunFolder]) -> tuple[list[Pa
             values[key] = record.axes
             side.setdefault(key, {})[record.seed] = run
     found, left = [], []
-    for key, axes in values.items():
-        mine, theirs = (side.get(key, {}) for side in sides)
+    most = max(map(len, values.values()))
+    for axes in [one for one in values.values() if len(one) == most]:
+        mine, theirs = (_at(axes, side, values) for side in sides)
         seeds = sorted(mine.keys() & theirs.keys())
         if seeds:
             found.append(Pair(axes, [mine[seed] for seed in seeds], [theirs[seed] for seed in seeds]))
@@ -728,6 +791,14 @@ def pairs(one: Sequence[RunFolder], other: Sequence[RunFolder]) -> tuple[list[Pa
         what = "axis values and training seed" if any(values.values()) else "training seed"
         raise UserError(f"a comparison needs runs of the same {what}, here are {'; '.join(left)}")
     return found, left
+
+
+def _at(
+    axes: Mapping[str, Any], side: Mapping[str, dict[int, RunFolder]], values: Mapping[str, Mapping[str, Any]]
+) -> dict[int, RunFolder]:
+    """A method's runs by seed at these values of the axes that it has."""
+    fits = [key for key in side if values[key].items() <= axes.items()]
+    return side[fits[0]] if fits else {}
 
 
 def find_runs(name: str, runs: Path, size: str | None = None, axes: Sequence[str] = ()) -> list[RunFolder]:

@@ -489,7 +489,8 @@ class Board:
         """Every combination of axis values that the row of that name is run at; a name that is no row's
         stands for a method, which has all of the board's axes.
         """
-        row, axes = self.row(name), self._size_axes(size)
+        row = _find_row(self, name) if registry.is_path(name) else self.row(name)
+        axes = self._size_axes(size)
         if row is None or row.axes is None:
             return _combinations(axes)
         return _combinations(
@@ -588,6 +589,13 @@ def _check_board(board: Board, where: str) -> None:
             _roles(board, size, row, place)
     if board.tuning is not None and board.tuning.size not in board.sizes:
         raise unknown("size", board.tuning.size, board.sizes, f"{where}: tuning.size")
+    for axis, values in (board.tuning.axes if board.tuning is not None else {}).items():
+        known = board.axes.get(axis)
+        if known is None:
+            raise unknown("axis", axis, board.axes, f"{where}: tuning.axes")
+        for value in values:
+            if value not in known:
+                raise unknown(f"value of {axis}", str(value), map(str, known), f"{where}: tuning.axes")
     trained = [row.name for row in board.rows if not row.reference]
     if board.baseline and board.baseline not in trained:
         raise unknown("trained row", board.baseline, trained, f"{where}: baseline")
@@ -699,6 +707,10 @@ def _followed(role: Role, known: Mapping[str, Role], where: str, seen: tuple[str
     if role.like in seen:
         raise UserError(f"{where}.like: {' is like '.join([*seen, role.like])}, which has no beginning")
     base = _followed(known[role.like], known, where, (*seen, role.like))
+    if base.row and (role.stages or role.seed is not None):
+        raise UserError(
+            f"{where}: '{role.like}' is what another row's run made; it takes no stages and no seed"
+        )
     seed = base.seed if role.seed is None else role.seed
     before = [  # the stages of what this role begins from are the other role's own, with its seed
         dataclasses.replace(stage, seed=base.seed) if stage.seed is None else stage for stage in base.stages
@@ -912,6 +924,12 @@ def _find_row(board: Board, name: str) -> Row:
         rows = [one.name for one in board.rows]
         raise unknown("method", name, [*rows, *(one for one in known if one not in rows)])
     return Row(name=name, method=name, title=name, extra=extra)
+
+
+def linked_rows(board: Board, size: str) -> list[str]:
+    """The rows whose runs fill roles of the board at a size."""
+    roles = [*board.roles.values(), *board.sizes[size].roles.values()]
+    return list(dict.fromkeys(role.row for role in roles if role.row))
 
 
 _SECTIONS = ("training", "evaluation", "evidence", "task", "select", "roles")
@@ -1138,7 +1156,10 @@ def _resolved_roles(
     roles = {}
     for name, role in _roles(board, size, row, board.id).items():
         where = f"{board.id}: roles.{name}"
-        told = from_dict(Role, filled(to_dict(role), axes), where)
+        table = typing.cast("dict[str, Any]", filled(to_dict(role), axes))
+        if role.each:  # there `{each}` stands for the value that is drawn, not for the run's own
+            table["at"] = filled(dict(role.at), {key: axes[key] for key in axes if key != role.each})
+        told = from_dict(Role, table, where)
         if told.row:
             roles[name] = told
             continue

@@ -3,12 +3,14 @@
 Two measurements, each compared with the reference of the method's family in `configs/gate`:
 
 - *Updates.* Every method makes its first `UPDATES` updates in float64 on tiny random models whose
-  configuration has dropout: GPT-2 on rows of `tiny_instruct`, or the encoders and rows of `checks`. Each loss
-  term is computed a second time, from the models' own logits at the rows of the update, by formulas stated
-  here and not taken from the methods or from `losses`. Every logged number, the movement of each group's
-  weights and the counts of tokens are compared with stored ones.
-- *Scores.* Every method runs once on its family's board, the whole way from stages to analyses. Its scores
-  must lie in bands learned from `SEEDS` training seeds.
+  configuration has dropout: GPT-2 on rows of `tiny_instruct`, or the encoders and rows of `checks`, where
+  other roles may be prompts on the student's encoder. Each loss term is computed a second time, from the
+  models' own logits at the rows of the update, by formulas stated here and not taken from the methods or from
+  `losses`. Every logged number, the movement of each group's weights and the counts of tokens are compared
+  with stored ones.
+- *Scores.* Every method runs once on its family's board, the whole way from stages to analyses, after the
+  runs of other rows that it needs; on a board with axes at all values of its row, whose mean is its score.
+  Its scores must lie in bands learned from `SEEDS` training seeds.
 
 A number has *passed*, has *regressed* (with the amount), or was *not measured* (with the reason). The gate
 fails on a regressed number, and on one that was not measured, since what is not measured is not guarded; but
@@ -32,6 +34,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 import math
 import multiprocessing
@@ -54,18 +57,18 @@ from scipy import stats
 from scipy.special import erf, log_softmax, logsumexp, softmax
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from transformers.utils import logging
 
-from kdbench import registry, stages
-from kdbench.checks import HEADS
+from kdbench import commands, registry, stages
+from kdbench.checks import HEADS, SEVERAL
 from kdbench.clock import running
-from kdbench.config import TrainingConfig, library_versions, load_board, resolve
+from kdbench.config import TrainingConfig, check_settings, library_versions, load_board
 from kdbench.distiller import Batch, Distiller, Parts
 from kdbench.errors import UserError
 from kdbench.harness import BatchSource, Recorder, SourceData, Trainer
 from kdbench.paths import configs_dir
-from kdbench.record import atomic
+from kdbench.record import RunRecord, atomic
 from kdbench.runner import Plan
 from kdbench.stages import Places
 from kdbench.strict import read_toml
@@ -86,9 +89,13 @@ SCORES = (
     "exposure_bias/ex_acc_err@15",
 )
 FEW_SHOT_SCORES = ("few_shot/accuracy/topic", "few_shot/nll/topic")
+TRANSFER_SCORES = ("transfer/score",)
 EXEMPT: dict[str, str] = {}
 """Methods that the gate leaves out, each with the reason; they do not make it fail."""
-UNSCORED = {"mlm": "pretraining has no score of its own: it makes the models of all rows of few_shot.toml"}
+UNSCORED = {
+    "mlm": "pretraining has no score of its own: it makes the models of all rows of few_shot.toml",
+    "mlm_pooler": "pretraining has no score of its own: it makes the encoder of all rows of transfer.toml",
+}
 """Methods without a run on a board, each with the reason; that does not make the gate fail."""
 
 TRAINING: dict[str, Any] = {
@@ -129,7 +136,8 @@ INSTRUCTION = Family("rows", ("causal_lm",), "board.toml", "reference.json", SCO
 FEW_SHOT = Family(
     "few_shot_rows", ("masked_lm", "sequence"), "few_shot.toml", "few_shot.json", FEW_SHOT_SCORES, SETTINGS
 )
-FAMILIES = (INSTRUCTION, FEW_SHOT)
+TRANSFER = Family("transfer_rows", ("encoder",), "transfer.toml", "transfer.json", TRANSFER_SCORES, {})
+FAMILIES = (INSTRUCTION, FEW_SHOT, TRANSFER)
 
 
 def family(method: str) -> Family:
@@ -336,12 +344,19 @@ class SeenTexts:
     def _read(self, role: str, example: int) -> tuple[Array, Array]:
         known = self._student if role == "student" else self._given.known
         if (role, example) not in known:
-            known[role, example] = self._forward(role, self._given.rows[example].of(role))
+            known[role, example] = self._forward(role, self._given.rows[example])
         return known[role, example]
+
+    def model(self, role: str) -> Any:
+        """A role's model, of several as `<role>.<place>`."""
+        if role == "student":
+            return self.distiller.student
+        name, _, place = role.partition(".")
+        return self._given.models[name][int(place)] if place else self._given.models[name]
 
     def _forward(self, role: str, row: Batch) -> tuple[Array, Array]:
         """Logits [N] and states [L + 1, H] from one forward without padding."""
-        model = self.distiller.student if role == "student" else self._given.models[role]
+        model, row = self.model(role), row.of(role)
         own = slice(int(row["length"]))
         inputs = {"input_ids": row["input_ids"][:, own]}
         if "segment_ids" in row and model.config.type_vocab_size > 1:
@@ -352,6 +367,47 @@ class SeenTexts:
             place = int(row["mask_index"])
             logits = logits[place, row["verbalizer_ids"][0]]
         return logits.numpy(), torch.cat(out.hidden_states)[:, place].numpy()
+
+
+class SeenPrompted(SeenTexts):
+    """One update of an encoder that may stand behind a deep prompt; all roles read the student's text."""
+
+    def __init__(
+        self, distiller: Distiller, parts: Mapping[str, Batch], given: Given, index: int, total: int
+    ) -> None:
+        super().__init__(distiller, parts, given)
+        self.index, self.total = index, total
+
+    def mean_text(self, role: str) -> Array:
+        """The mean of the first token's last state [H] over the texts of the task that a model is of."""
+        mean: Array = self.model(role).signature["own.cls_hidden"].double().numpy()
+        return mean
+
+    def _forward(self, role: str, row: Batch) -> tuple[Array, Array]:
+        """Logits [N] and states [L + 1, H] from one forward without padding.
+
+        A prompt token holds key and value of layer 0, then those of layer 1, and so on; heads lie beside each
+        other.
+        """
+        model = self.model(role)
+        encoder, own, before = model.encoder, slice(int(row["length"])), 0
+        inputs: dict[str, Any] = {"input_ids": row["input_ids"][:, own]}
+        if model.prompt is not None:
+            before, heads = len(model.prompt.vectors), encoder.config.num_attention_heads
+            inputs["past_key_values"] = cache = DynamicCache()
+            parts = model.prompt.vectors.chunk(2 * encoder.config.num_hidden_layers, dim=1)
+            by_head = [part.view(before, heads, -1).transpose(0, 1)[None] for part in parts]
+            for layer, (key, value) in enumerate(zip(by_head[::2], by_head[1::2], strict=True)):
+                cache.update(key, value, layer)
+        out = encoder(
+            **inputs,
+            token_type_ids=row["segment_ids"][:, own],
+            attention_mask=torch.ones(1, before + inputs["input_ids"].shape[1], dtype=torch.long),
+            output_hidden_states=True,
+        )
+        weights = _weights(model.head)
+        logits = out.pooler_output[0].numpy() @ weights["weight"].T + weights["bias"]
+        return logits, torch.cat(out.hidden_states)[:, 0].numpy()
 
 
 Terms = dict[str, float]
@@ -527,17 +583,26 @@ def _contrast(seen: SeenTexts, part: str, pool: str, role: str) -> list[float | 
 
 def _mean_probe(bank: Any, states: Array) -> Array:
     """Mean over inner layers of softmax(E norm(gelu(W h + b)) + c), [B, N]; E are rows of label words."""
-    weights = {
-        name: value.detach().numpy() for name, value in (*bank.named_parameters(), *bank.named_buffers())
-    }
+    weights = _weights(bank)
     read = []
     for j in range(states.shape[1] - 2):
-        x = states[:, j + 1] @ weights["dense_weight"][j].T + weights["dense_bias"][j]
-        x = x * (1 + erf(x / math.sqrt(2))) / 2
-        x = (x - x.mean(axis=1, keepdims=True)) / np.sqrt(x.var(axis=1, keepdims=True) + 1e-12)
+        x = _normed_gelu(states[:, j + 1] @ weights["dense_weight"][j].T + weights["dense_bias"][j], 1e-12)
         x = x * weights["norm_weight"][j] + weights["norm_bias"][j]
         read.append(softmax(x @ weights["rows"].T + weights["bias"][j], axis=1))
     return np.asarray(np.mean(read, axis=0))
+
+
+def _weights(module: nn.Module) -> dict[str, Array]:
+    """A module's parameters and buffers by name."""
+    named = (*module.named_parameters(), *module.named_buffers())
+    return {name: value.detach().numpy() for name, value in named}
+
+
+def _normed_gelu(x: Array, epsilon: float) -> Array:
+    """gelu(x) with mean 0 and variance 1 of each row."""
+    x = x * (1 + erf(x / math.sqrt(2))) / 2
+    normed: Array = (x - x.mean(axis=1, keepdims=True)) / np.sqrt(x.var(axis=1, keepdims=True) + epsilon)
+    return normed
 
 
 def _mlm(seen: SeenTexts) -> Terms:
@@ -549,6 +614,71 @@ def _mlm(seen: SeenTexts) -> Terms:
         log = log_softmax(seen.distiller.student(input_ids=ids).logits[0].numpy(), axis=1)
         nats += [-log[place, original[place]] for place in places]
     return {"loss": float(np.mean(nats))}
+
+
+def _mlm_pooler(seen: SeenPrompted) -> Terms:
+    """Spec: both terms count once; a row's words are its tokens but for the first and the last."""
+    weights, batch = _weights(seen.distiller), seen.batches[""]
+    table = seen.distiller.student.get_input_embeddings().weight.numpy()
+    nats, bags = list[float](), list[float]()
+    for i, original in enumerate(seen.field("input_ids")):
+        end = int(batch["length"][i])
+        texts = {name: batch[name][i : i + 1, :end] for name in ("input_ids", "segment_ids")}
+        out = seen.distiller.student(input_ids=texts["input_ids"], token_type_ids=texts["segment_ids"])
+        places = (batch["targets"][i] >= 0).nonzero()[:, 0].tolist()
+        x = out.last_hidden_state[0].numpy()[places]
+        x = _normed_gelu(x @ weights["transform.0.weight"].T + weights["transform.0.bias"], 1e-5)
+        x = x * weights["transform.2.weight"] + weights["transform.2.bias"]
+        log = log_softmax(x @ table.T + weights["bias"], axis=1)
+        nats += [-log[n, original[place]] for n, place in enumerate(places)]
+        log = log_softmax(out.pooler_output[0].numpy() @ weights["bag.weight"].T + weights["bag.bias"])
+        bags.append(-log[original[1 : end - 1]].mean())
+    masked, bag = float(np.mean(nats)), float(np.mean(bags))
+    return {"masked": masked, "bag": bag, "loss": masked + bag}
+
+
+def _similarity(seen: SeenPrompted, source: str) -> float:
+    a, b = seen.mean_text(source), seen.mean_text("target")
+    return float(a @ b / np.sqrt((a @ a) * (b @ b)))
+
+
+def _lam(seen: SeenPrompted, similarity: float) -> float:
+    """Spec: max(0, s) times 1 in the first tenth of training, from then on linearly to 0 at its end."""
+    done = (seen.index - 1) / seen.total
+    return max(0.0, similarity) * min(1.0, (1 - done) / 0.9)
+
+
+def _gap(seen: SeenPrompted, teacher: str) -> float:
+    """Mean over texts and classes of the squared difference of logits."""
+    return float(((seen.logits("student") - seen.logits(teacher)) ** 2).mean())
+
+
+def _similar(seen: SeenPrompted) -> dict[int, float]:
+    """Spec: the similarities of the 3 most similar sources, by place."""
+    found = {i: _similarity(seen, f"sources.{i}") for i in range(len(seen.model("sources")))}
+    return dict(sorted(found.items(), key=lambda one: -one[1])[:3])
+
+
+def _taught(seen: SeenPrompted, similarity: float) -> Terms:
+    task, weight, distance = _class_ce(seen), _lam(seen, similarity), _gap(seen, "teacher")
+    return {"task": task, "weight": weight, "distance": distance, "loss": task + weight * distance}
+
+
+def _panda(seen: SeenPrompted) -> Terms:
+    return _taught(seen, _similarity(seen, "source"))
+
+
+def _panda_early(seen: SeenPrompted) -> Terms:
+    """Spec: the sources' similarity is their mean, weighted by its own softmax, tau 1."""
+    found = np.array(list(_similar(seen).values()))
+    return _taught(seen, float(softmax(found) @ found))
+
+
+def _panda_late(seen: SeenPrompted) -> Terms:
+    task, found = _class_ce(seen), _similar(seen)
+    weights = {i: _lam(seen, similarity) / len(found) for i, similarity in found.items()}
+    drawn = sum(weight * _gap(seen, f"teachers.{i}") for i, weight in weights.items())
+    return {"task": task, "weight": sum(weights.values()), "weighted_distance": drawn, "loss": task + drawn}
 
 
 FORMULAS: dict[str, Formulas] = {
@@ -567,6 +697,14 @@ FORMULAS: dict[str, Formulas] = {
     "prompt_kd": {"student": _prompt_kd},
     "prompt_distiller": {"student": _prompt_distiller},
     "mlm": {"student": _mlm},
+    "full_tune": {"student": _only_ce},
+    "pt": {"student": _only_ce},
+    "pot": {"student": _only_ce},
+    "pot_early": {"student": _only_ce},
+    "panda": {"student": _panda},
+    "panda_early": {"student": _panda_early},
+    "panda_late": {"student": _panda_late},
+    "mlm_pooler": {"student": _mlm_pooler},
 }
 """What a method's default settings compute: per group the terms it logs and `loss`, in nats."""
 
@@ -714,32 +852,63 @@ def fingerprint(method: str, *, ulp: bool = False) -> Fingerprint:
     name, roles = registry.stem(method), stages.needed_roles(cls)
     task = TinyInstruct(TinyInstruct.Settings(**ROWS))
     sets = _instructions(task) if cls.head in INSTRUCTION.heads else {}
-    if cls.head in FEW_SHOT.heads:
+    if cls.head in (*FEW_SHOT.heads, *TRANSFER.heads):
         sets = HEADS[cls.head].sets(roles, False)
     if not sets or not set(cls.needs) <= set(sets["train"]):
         raise UserError(
             f"the gate has no models and rows for a {cls.head} method that needs {', '.join(cls.needs)}"
         )
-    given = Given(sets)
+    given, settings, made = Given(sets), SETTINGS.get(name, {}), dict[str, nn.Module]()
 
     def role(name: str) -> nn.Module:
+        if name not in made:
+            beside = cls.head in TRANSFER.heads and name != "student"
+            made[name] = _beside(cls, name, role("student"), settings, ulp) if beside else alone(name)
+            given.models[name] = copy.deepcopy(made[name])
+        return made[name]
+
+    def alone(name: str) -> nn.Module:
         if cls.head in INSTRUCTION.heads:
             model = _model(name, task)
         else:
             model = _drawn(HEADS[cls.head].model(name, 0, False).double(), name).eval()
         if ulp:
             _one_ulp(model)
-        given.models[name] = copy.deepcopy(model)
         return model
 
     def seen(parts: Mapping[str, Batch], at: _Watched) -> Any:
+        if cls.head in TRANSFER.heads:
+            return SeenPrompted(distiller, parts, given, at.index, at.total)
         if cls.head in FEW_SHOT.heads:
             return SeenTexts(distiller, parts, given)
         return Seen(distiller, parts, at.index, at.total, at.memory)
 
     with torch.random.fork_rng(devices=[]):
-        distiller = stages.build(cls, SETTINGS.get(name, {}), role, 1, method).double()
+        distiller = stages.build(cls, settings, role, 1, method).double()
         return _Watched(distiller, sets, FORMULAS.get(name, {}), seen).go()
+
+
+def _beside(
+    cls: type[Distiller], role: str, student: nn.Module, settings: Mapping[str, Any], ulp: bool
+) -> nn.Module:
+    """A role that stands on the student's encoder: a prompt and a head or, where the method takes a list,
+    several.
+    """
+    beside, cfg = HEADS[cls.head].beside, check_settings(cls.Config, settings, role)
+    assert beside is not None
+
+    def one(name: str, seed: int) -> nn.Module:
+        model: Any = beside(student, seed, cfg).double()  # what it says of its texts follows from the seed
+        for kind in ("prompt", "head"):
+            part = _drawn(getattr(model, kind), f"{name}.{kind}")
+            if ulp:
+                _one_ulp(part)
+        return model.eval()  # type: ignore[no-any-return]
+
+    first = 100 * stages.needed_roles(cls).index(role)
+    if "ModuleList" not in str(inspect.signature(cls.__init__).parameters[role].annotation):
+        return one(role, first)
+    return nn.ModuleList([one(f"{role}.{i}", first + i) for i in range(SEVERAL)])
 
 
 def _instructions(task: TinyInstruct) -> dict[str, Batch]:
@@ -753,7 +922,7 @@ def _instructions(task: TinyInstruct) -> dict[str, Batch]:
 
 def training_rows(own: Family = INSTRUCTION) -> dict[str, Any]:
     """Counts and content hash of the rows that fingerprints train on."""
-    if own is FEW_SHOT:
+    if own is not INSTRUCTION:
         found = {
             head: {
                 name: {field: value.tolist() for field, value in rows.items()}
@@ -777,16 +946,31 @@ def training_rows(own: Family = INSTRUCTION) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------------------------------- scores
 def scores(method: str, seed: int, places: Places) -> dict[str, float | None]:
-    """Run a method on its family's board and return the family's scores; None where one is not defined.
+    """Run a method on its family's board and return the family's scores, means over its row's axis values;
+    None where one is not defined.
 
-    Raises: UserError for a method that the board cannot run; RuntimeError when its run is not `done`.
+    Raises: UserError for a method that the board cannot run; RuntimeError when a run is not `done`, or one
+    that it needs.
     """
     own = family(method)
-    run = resolve(load_board(str(_board_path(own))), "gate", method, seed)
-    record = Plan(run, places).execute()
+    board = load_board(str(_board_path(own)))
+    planner = commands.Planner(board, "gate", [], [method], "cpu", places)
+    plans = [planner.plan(method, seed, axes) for axes in board.row_axis_values(method, "gate")]
+    done = {plan.id: _done(plan) for plan in commands.with_needs(plans)}
+    found: dict[str, float | None] = {}
+    for name in own.scores:
+        scored = [done[plan.id].scores.get(name) for plan in plans]
+        values = [one.value for one in scored if one is not None and one.value is not None]
+        found[name] = float(np.mean(values)) if len(values) == len(plans) else None
+    return found
+
+
+def _done(plan: Plan) -> RunRecord:
+    """The record of a run, which is made where there is none. Raises: RuntimeError when it is not `done`."""
+    record = plan.execute()
     if record.status != "done":
-        raise RuntimeError(f"the run ended as {record.status}: {record.reason}")
-    return {name: record.scores[name].value if name in record.scores else None for name in own.scores}
+        raise RuntimeError(f"the run {commands.label_of(plan.run)} ended as {record.status}: {record.reason}")
+    return record
 
 
 # ------------------------------------------------------------------------------------------------- judgement

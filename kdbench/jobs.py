@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from kdbench import registry
-from kdbench.commands import JOBS, TRACKER, label_of, said, silence
+from kdbench.commands import JOBS, TRACKER, label_of, said, silence, with_needs
 from kdbench.config import Stage, stage_training
 from kdbench.errors import UserError
 
@@ -64,7 +64,7 @@ def jobs_of(runs: Iterable[Plan]) -> list[Job]:
     """
     stages: dict[str, Job] = {}
     whole: list[Job] = []
-    for plan in _with_needs(runs):
+    for plan in with_needs(runs):
         if plan.complete():
             continue
         needs = []
@@ -85,21 +85,6 @@ def jobs_of(runs: Iterable[Plan]) -> list[Job]:
             )
         )
     return [*sorted(stages.values(), key=lambda job: -job.steps), *whole]
-
-
-def _with_needs(runs: Iterable[Plan]) -> Iterator[Plan]:
-    """The plans, each once and after those that it needs."""
-    seen: set[str] = set()
-
-    def all_of(plan: Plan) -> Iterator[Plan]:
-        if plan.id not in seen:
-            seen.add(plan.id)
-            for other in plan.needs:
-                yield from all_of(other)
-            yield plan
-
-    for plan in runs:
-        yield from all_of(plan)
 
 
 def _axes(plan: Plan, stage: Stage) -> str:
@@ -128,11 +113,24 @@ def make(jobs: Sequence[Job], workers: Workers | None, count: int, say: Callable
     if workers is not None:
         workers.run(jobs, count)
         return
+    failed: dict[str, Job] = {}
     for job in jobs:
         if job.role is None:
             say(f"{job.label}: started")
-            job.outcome = _make(job)
+            job.outcome = _broken(job, failed) or _make(job)
+            if job.outcome.status != "done":
+                failed[job.gives] = job
             say(told(job))
+
+
+def _broken(job: Job, failed: Mapping[str, Job]) -> Outcome | None:
+    """The outcome of a job that needs one which failed; None where it needs none such."""
+    for key in sorted(job.needs & failed.keys()):
+        other = failed[key]
+        assert other.outcome is not None
+        why = f"{other.label} {other.outcome.status}: {other.outcome.reason}"
+        return Outcome(other.outcome.status, why, 0.0)
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------- one job
@@ -221,12 +219,9 @@ class Workers:
         try:
             while waiting or running:
                 for job in list(waiting):
-                    broken = next((failed[key] for key in sorted(job.needs & failed.keys())), None)
-                    if broken is not None:
+                    if (broken := _broken(job, failed)) is not None:
                         waiting.remove(job)
-                        assert broken.outcome is not None
-                        why = f"{broken.label} {broken.outcome.status}: {broken.outcome.reason}"
-                        self._ended(job, Outcome(broken.outcome.status, why, 0.0), missing, failed, whole)
+                        self._ended(job, broken, missing, failed, whole)
                     elif len(running) < count and not job.needs & missing:
                         waiting.remove(job)
                         taken = {slot for _, _, slot, _ in running.values()}
@@ -310,7 +305,7 @@ class _Whole:
         """Seconds to go: of each row what its finished runs took on average, else what all took."""
         spent: dict[str, list[float]] = {}
         for job in self._jobs:
-            if job.outcome is not None and job.outcome.seconds:
+            if job.outcome is not None and job.outcome.status == "done":
                 spent.setdefault(job.row, []).append(job.outcome.seconds)
         if not spent:
             return 0.0

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,16 +27,21 @@ import kdbench.rollout
 from kdbench import config, gate, registry
 from kdbench.classify import Classified
 from kdbench.distiller import Batch, Totals
-from kdbench.distillers import _classes, kd_ft, pkd_ft, prompt_distiller, prompt_kd
+from kdbench.distillers import _classes, _panda, kd_ft, panda_late, pkd_ft, pot, prompt_distiller, prompt_kd
 from kdbench.distillers.gkd import GKD
 from kdbench.distillers.minillm import MiniLLM
+from kdbench.distillers.mlm_pooler import MLMPooler
+from kdbench.distillers.panda_early import PandaEarly
 from kdbench.distillers.prompt_distiller import PromptDistiller
 from kdbench.distillers.promptkd import PromptKD
 from kdbench.distillers.seqkd import SeqKD
 from kdbench.errors import UserError
 from kdbench.harness import Trainer
 from kdbench.losses import forward_kl
+from kdbench.prompted import PromptedEncoder
+from kdbench.prompts import DeepPrompt
 from kdbench.rollout import rollout
+from kdbench.runner import Plan
 from kdbench.stages import Places
 from kdbench.streams import uniform
 from kdbench.task import Encoder, InstructionTask
@@ -246,9 +252,38 @@ def test_a_family_has_its_own_reference(made_up: dict[str, Any], monkeypatch: py
 
 def test_methods_have_their_family_by_head() -> None:
     families = {
-        name: gate.family(name).name for name in ("sft", "prompt_distiller_lm", "mlm", "pkd_ft", "none")
+        name: gate.family(name).name
+        for name in ("sft", "prompt_distiller_lm", "mlm", "pkd_ft", "panda", "mlm_pooler", "none")
     }
-    assert list(families.values()) == ["rows", "rows", "few_shot_rows", "few_shot_rows", "rows"]
+    few_shot, transfer = ["few_shot_rows"] * 2, ["transfer_rows"] * 2
+    assert list(families.values()) == ["rows", "rows", *few_shot, *transfer, "rows"]
+
+
+def test_a_score_is_the_mean_over_axis_values_after_the_runs_it_needs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made: list[tuple[str, dict[str, Any]]] = []
+
+    def done(plan: Any) -> Any:
+        made.append((plan.run.row, plan.run.axes))
+        value = {"names": 10.0, "mood_few": 20.0}.get(plan.run.axes.get("source"), 1000.0)
+        return SimpleNamespace(scores={gate.TRANSFER_SCORES[0]: SimpleNamespace(value=value)})
+
+    monkeypatch.setattr(gate, "_done", done)
+    assert gate.scores("panda", 1, Places(tmp_path / "runs", tmp_path / "cache")) == {"transfer/score": 15.0}
+    for source in ("names", "mood_few"):
+        own = {"source": source, "target": "mood"}
+        before = made[: made.index(("panda", own))]
+        needed = [("pt", {"target": "mood"}), ("pt", {"target": source}), ("pot", own)]
+        assert all(one in before for one in needed)
+    assert len(made) == 7
+
+
+def test_a_needed_run_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    failed = SimpleNamespace(status="failed", reason="no luck")
+    monkeypatch.setattr(Plan, "execute", lambda self: failed)
+    with pytest.raises(RuntimeError, match="pt .*ended as failed: no luck"):
+        gate.scores("panda_early", 1, Places(tmp_path / "runs", tmp_path / "cache"))
 
 
 def test_unknown_method() -> None:
@@ -372,6 +407,84 @@ def _other_label_words(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(kdbench.classify, "_verbalized", lambda logits, batch: true(logits, batch).roll(1, -1))
 
 
+def _weight_doubled(patch: pytest.MonkeyPatch) -> None:
+    true = _panda.Transferred.weight
+    patch.setattr(_panda.Transferred, "weight", lambda self, *told: 2 * true(self, *told))
+
+
+def _distance_doubled(patch: pytest.MonkeyPatch) -> None:
+    true = _panda.Transferred.distance
+    patch.setattr(_panda.Transferred, "distance", lambda self, *told: 2 * true(self, *told))
+
+
+def _weight_without_schedule(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(_panda, "scheduled", lambda *told: 1.0)
+
+
+def _gaps_summed(patch: pytest.MonkeyPatch) -> None:
+    """The squared gap is summed over classes."""
+    patch.setattr(_panda, "squared_gaps", lambda q, p, *told: (q - p).square().sum(-1))
+
+
+def _teachers_dropout(patch: pytest.MonkeyPatch) -> None:
+    def taught(self: Any, teacher: PromptedEncoder, batch: Batch) -> tuple[Tensor, Tensor]:
+        teacher.train()
+        with torch.no_grad():
+            states = teacher.states(batch)
+            outputs = teacher.outputs_from(states, batch)
+        teacher.eval()
+        return states, outputs
+
+    patch.setattr(_panda.Transferred, "taught", taught)
+
+
+def _all_sources_teach(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(panda_late, "chosen_sources", lambda found, k: list(range(len(found))))
+
+
+def _unweighted_similarity(patch: pytest.MonkeyPatch) -> None:
+    """The similarity of fused sources is the plain mean over them all."""
+    made = PandaEarly.__init__
+
+    def init(self: Any, cfg: Any, student: nn.Module, teacher: Any, sources: Any, target: Any) -> None:
+        made(self, cfg, student, teacher, sources, target)
+        found = [_panda.predicted(cfg, one, target) for one in sources]
+        self.similarity = sum(found) / len(found)
+
+    patch.setattr(PandaEarly, "__init__", init)
+
+
+def _prompt_not_handed_over(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(pot, "load_prompt", lambda *told: None)
+
+
+def _layers_mixed_up(patch: pytest.MonkeyPatch) -> None:
+    true = DeepPrompt.cache
+
+    def swapped(self: DeepPrompt, table: Tensor) -> Any:
+        first, second = table.chunk(2, dim=-1)
+        return true(self, torch.cat([second, first], dim=-1))
+
+    patch.setattr(DeepPrompt, "cache", swapped)
+
+
+def _head_reads_states(patch: pytest.MonkeyPatch) -> None:
+    """The first token's state is read in place of the pooled one."""
+    patch.setattr(PromptedEncoder, "pooled", lambda self, states: states[:, 0])
+
+
+def _bag_of_whole_rows(patch: pytest.MonkeyPatch) -> None:
+    """The pooler is asked for the first and the last token too."""
+    true = MLMPooler.loss
+
+    def loss(self: Any, batch: Batch, step: Any) -> Tensor:
+        place = torch.arange(batch["bag"].shape[1])
+        ends = (place == 0) | (place == batch["length"][:, None] - 1)
+        return true(self, batch.replace(bag=torch.where(ends, batch["input_ids"], batch["bag"])), step)
+
+    patch.setattr(MLMPooler, "loss", loss)
+
+
 WITHOUT_REFERENCE: dict[str, tuple[str, str, Plant]] = {
     "reverse and forward KL swapped": ("gkd", "gkd/recomputed/student/reverse_kl", _gkd_forward),
     "mask shifted by one": ("sft", "sft/recomputed/student/ce", _mask(_shifted)),
@@ -380,6 +493,7 @@ WITHOUT_REFERENCE: dict[str, tuple[str, str, Plant]] = {
         "prompt_distiller/recomputed/student/kd_unlabeled",
         _tuned_on_unlabeled,
     ),
+    "weight of the teacher doubled": ("panda", "panda/recomputed/student/weight", _weight_doubled),
 }
 
 
@@ -505,6 +619,28 @@ FAULTS: dict[str, tuple[str, str, Plant]] = {
     ),
     "label words in another order": ("student_pt", "student_pt/recomputed/student/loss", _other_label_words),
     "encoder's teacher in train mode": ("prompt_kd", "prompt_kd/repeats/teacher", _teacher_trains),
+    "distance to the teacher doubled": ("panda", "panda/recomputed/student/distance", _distance_doubled),
+    "weight that does not decay": (
+        "panda_early",
+        "panda_early/recomputed/student/weight",
+        _weight_without_schedule,
+    ),
+    "squared gaps summed over classes": (
+        "panda_late",
+        "panda_late/recomputed/student/weighted_distance",
+        _gaps_summed,
+    ),
+    "dropout of a prompt's teacher": ("panda", "panda/recomputed/student/distance", _teachers_dropout),
+    "all sources teach": ("panda_late", "panda_late/recomputed/student/weight", _all_sources_teach),
+    "fused sources not weighted": (
+        "panda_early",
+        "panda_early/recomputed/student/weight",
+        _unweighted_similarity,
+    ),
+    "source's prompt not handed over": ("pot", "pot/trajectory/student/loss", _prompt_not_handed_over),
+    "layers of the prompt mixed up": ("pt", "pt/recomputed/student/loss", _layers_mixed_up),
+    "head reads states": ("full_tune", "full_tune/recomputed/student/loss", _head_reads_states),
+    "bag of whole rows": ("mlm_pooler", "mlm_pooler/recomputed/student/bag", _bag_of_whole_rows),
     # those that the gate was not written for
     "importance weights missing": ("minillm", "minillm/recomputed/student/policy", _no_importance_weights),
     "advantages not whitened": ("minillm", "minillm/recomputed/student/policy", _not_whitened),
@@ -582,10 +718,21 @@ def _one_token_early(patch: pytest.MonkeyPatch) -> None:
     )
 
 
+def _one_token_late(patch: pytest.MonkeyPatch) -> None:
+    """Models behind a prompt answer at their second token, but for those that are being trained."""
+    true = PromptedEncoder.pooled
+    patch.setattr(
+        PromptedEncoder,
+        "pooled",
+        lambda self, states: true(self, states if torch.is_grad_enabled() else states[:, 1:]),
+    )
+
+
 SCORED: dict[str, tuple[str, Plant]] = {
     "greedy answers": ("sft/score/instruction_following/rouge_l", _greedy_answers),
     "rolled in on references": ("sft/score/exposure_bias/ex_acc_err@15", _students_on_references),
     "answers one token early": ("student_pt/score/few_shot/accuracy/topic", _one_token_early),
+    "answers one token late": ("panda/score/transfer/score", _one_token_late),
 }
 
 
