@@ -174,9 +174,8 @@ def plans(
         raise Missing(next(iter(missing)))
     for reason, count in missing.items():
         print(f"left out: {count} run{'s' * (count > 1)}: {reason}", file=sys.stderr, flush=True)
-    found = list(with_needs(made))
-    planner.check_overrides(found)
-    return found
+    planner.check_overrides()
+    return list(with_needs(made))
 
 
 def with_needs(plans: Iterable[Plan]) -> Iterator[Plan]:
@@ -239,6 +238,7 @@ class Planner:
         self.device, self.places = device, places
         self._made: dict[str, Plan] = {}
         self._failed: dict[str, Missing] = {}
+        self._named = {"method"}  # rows and methods that a run was to be of
         self._tasks: dict[str, type[Any]] = {}
 
     def plan(self, name: str, seed: int, axes: Mapping[str, Any], before: tuple[str, ...] = ()) -> Plan:
@@ -266,14 +266,11 @@ class Planner:
         own = {"task", name, registry.stem(row.method)}
         return [one for one in self.overrides if config.parse_override(one).section in own]
 
-    def check_overrides(self, plans: Iterable[Plan]) -> None:
-        """Raises: UserError for an override of a row or method that none of the runs is of."""
-        names = {"method"}
-        for plan in plans:
-            names |= {plan.run.row.partition("[")[0], registry.stem(plan.run.method)}
+    def check_overrides(self) -> None:
+        """Raises: UserError for an override of a row or method that none of the runs was to be of."""
         for text in self.overrides:
             section = config.parse_override(text).section
-            if section not in names and section in self.among:
+            if section not in self._named and section not in config._SECTIONS:
                 raise UserError(f"--set {text}: no run of '{section}' is asked for, nor needed")
 
     def _plan(
@@ -284,6 +281,7 @@ class Planner:
         run = _run(
             self.board, self.size, name, seed, overrides, dict(axes), self.among, self.device, self._tasks
         )
+        self._named |= {run.row.partition("[")[0], registry.stem(run.method)}
         run, needs = self.linked(needed(run), before)
         return Plan(run, self.places, needs)
 

@@ -446,9 +446,12 @@ def _unweighted_similarity(patch: pytest.MonkeyPatch) -> None:
     """The similarity of fused sources is the plain mean over them all."""
     made = PandaEarly.__init__
 
-    def init(self: Any, cfg: Any, student: nn.Module, teacher: Any, sources: Any, target: Any) -> None:
+    def init(
+        self: Any, cfg: Any, student: nn.Module, teacher: Any, sources: nn.ModuleList, target: Any
+    ) -> None:
         made(self, cfg, student, teacher, sources, target)
-        found = [_panda.predicted(cfg, one, target) for one in sources]
+        models: Any = sources
+        found = [_panda.predicted(cfg, one, target) for one in models]
         self.similarity = sum(found) / len(found)
 
     patch.setattr(PandaEarly, "__init__", init)
