@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from kdbench import board as boards
+from kdbench.config import load_board
 from kdbench.errors import UserError
+from kdbench.record import RunRecord, load
 from kdbench.tasks import _tiny_transfer_world as world
 from kdbench.tasks._draws import Rng
 from kdbench.tasks.tiny_transfer import LENGTH, TinyTransfer
@@ -211,3 +214,35 @@ def test_a_perfect_reader_scores_100() -> None:
 
 def test_the_rng_is_not_shared_between_sets() -> None:
     assert world.review(Rng(1)) == world.review(Rng(1)) != world.review(Rng(2))
+
+
+# ------------------------------------------------------------------------------------------------------ board
+def test_published_pairs_that_are_related_score_above_unrelated_ones() -> None:
+    board = load_board("tiny-transfer/v1")
+    found: dict[str, list[float]] = {}
+    for record in published(board, "panda"):
+        kind = TinyTransfer.relation(str(record.axes["source"]), str(record.axes["target"]))
+        found.setdefault(kind, []).append(record.scores["method/semantic"].value)
+    assert {kind: len(values) for kind, values in found.items()} == {
+        "self": 12, "same": 6, "opposed": 3, "shared": 33, "unrelated": 42
+    }  # fmt: skip
+    assert min(found["same"]) > max(found["unrelated"])
+    mean = {kind: sum(values) / len(values) for kind, values in found.items()}
+    assert mean["same"] > mean["shared"] > mean["unrelated"] + 0.2
+
+
+def test_every_published_row_takes_the_learning_rate_that_was_tried() -> None:
+    board = load_board("tiny-transfer/v1")
+    assert board.tuning is not None
+    assert board.tuning.seed not in board.seeds
+    assert set(board.tuned) == {row.name for row in board.rows}
+    for name, tuned in board.tuned.items():
+        assert max(tuned.trials, key=lambda trial: trial.score or 0.0).lr == tuned.lr
+        records = published(board, name)
+        assert records
+        assert {record.config["training"]["lr"] for record in records} == {tuned.lr}
+
+
+def published(board: Any, row: str) -> list[RunRecord]:
+    records = [load(path) for path in boards.published_records(board)]
+    return [record for record in records if record.row == row]
