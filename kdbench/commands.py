@@ -915,9 +915,20 @@ class _Below:
 
 
 def find_each(names: Sequence[str], runs: Path, axes: Sequence[str] = ()) -> list[RunFolder]:
-    """`find_run` of several names; the folder of runs is read once."""
+    """`find_run` of several names; the folder of runs is read once. An axis that one of them lacks narrows
+    the others alone.
+    """
     below = _Below(runs)
-    return [_find_run(name, below, axes) for name in names]
+    if not axes:
+        return [_find_run(name, below, axes) for name in names]
+    known = {name: {axis for one, _ in below.rows.get(name, []) for axis in one.axes} for name in names}
+    every = set().union(*known.values())
+
+    def told(name: str) -> list[str]:
+        lacks = every - known[name] if known[name] else set[str]()
+        return [text for text in axes if text.partition("=")[0].strip() not in lacks]
+
+    return [_find_run(name, below, told(name)) for name in names]
 
 
 def find_run(name: str, runs: Path, axes: Sequence[str] = ()) -> RunFolder:

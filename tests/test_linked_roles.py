@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from kdbench import commands, record
-from kdbench.commands import chosen_axes, label_of, pairs, runs_of, to_profile, trials, with_needs
+from kdbench.commands import chosen_axes, find_each, label_of, pairs, runs_of, to_profile, trials, with_needs
 from kdbench.config import Board, load_board
 from kdbench.distillers.mlm_pooler import MLMPooler
 from kdbench.distillers.pt import PT
@@ -733,3 +733,10 @@ def test_pairs_of_rows_with_and_without_an_axis(board: Board, tmp_path: Path) ->
         assert {(run.record.row, run.record.axes["target"]) for run in pt} == {("pt", "food")}
         none = "seeds none and 1" if flipped else "seeds 1 and none"
         assert left == [f"source mood_few, target agree: {none}"]
+    both = find_each(["pot", "pt"], runs, ["target=food", "source=mood_few"])  # pt has no source
+    assert [run.record.axes for run in both] == [
+        {"source": "mood_few", "target": "food"},
+        {"target": "food"},
+    ]
+    with pytest.raises(UserError, match="no axis 'sorce'"):
+        find_each(["pot", "pt"], runs, ["target=food", "sorce=mood_few"])
