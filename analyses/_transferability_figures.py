@@ -172,7 +172,8 @@ def _spread(found: Sequence[Estimate]) -> Array:
     """[2, points]: the distances of the values to the ends of their intervals."""
     ends = [[one.value if end is None else end for end in (one.low, one.high)] for one in found]
     values = np.array([one.value for one in found], dtype=float)
-    return np.abs(np.array(ends, dtype=float).reshape(-1, 2).T - values)
+    distances: Array = np.abs(np.array(ends, dtype=float).reshape(-1, 2).T - values)
+    return distances
 
 
 def _panels(count: int, lines: int, longest: int) -> Any:
@@ -198,7 +199,7 @@ def _dots(ax: "Axes", found: Sequence[tuple[float, Estimate]], **look: Any) -> N
     if there:
         estimates = [one for _, one in there]
         ax.errorbar(
-            [one.value for one in estimates],
+            np.array([one.value for one in estimates], dtype=float),
             [at for at, _ in there],
             xerr=_spread(estimates),
             linestyle="",

@@ -58,7 +58,8 @@ def spearman(x: Array, y: Array, weights: Array) -> Array:
     one, other = (found - (weights * found).sum(axis=1, keepdims=True) / total for found in ranked)
     top = (weights * one * other).sum(axis=1)
     square = (weights * one**2).sum(axis=1) * (weights * other**2).sum(axis=1)
-    return np.divide(top, np.sqrt(square), out=np.full(len(top), np.nan), where=square > _TINY)
+    rho: Array = np.divide(top, np.sqrt(square), out=np.full(len(top), np.nan), where=square > _TINY)
+    return rho
 
 
 def by_target(prediction: Array, gain: Array, weights: Array) -> Array:
@@ -113,8 +114,8 @@ def estimate(statistic: Statistic, prediction: Array, gain: Array) -> Estimate:
         found = np.full(len(weights), np.nan)
         for drawn in np.unique(times, axis=0):
             mine = (times == drawn).all(axis=1)
-            tables = (over_seeds(np.repeat(values, drawn, axis=0)) for values in (prediction, gain))
-            found[mine] = statistic(*tables, weights[mine])
+            one, other = (over_seeds(np.repeat(values, drawn, axis=0)) for values in (prediction, gain))
+            found[mine] = statistic(one, other, weights[mine])
         return found
 
     found = intervals.estimate(resampled, {"prompt": np.arange(count)})

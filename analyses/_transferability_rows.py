@@ -97,7 +97,8 @@ def over_seeds(values: Array) -> Array:
     there = np.isfinite(values)
     count = there.sum(axis=0)
     total = np.where(there, values, 0.0).sum(axis=0)
-    return np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0)
+    found: Array = np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0)
+    return found
 
 
 def read(runs: RunFolder | Sequence[RunFolder]) -> Pairs:
@@ -242,7 +243,9 @@ def _centred(
     The representations are those of prompt tuning with the pair's training seed; a seed with fewer than three
     tasks is left out, for two tasks less their mean are always opposite.
     """
-    settings = next((one.config.get("settings", {}) for _, one in rows[DISTILLED].values()), {})
+    settings: dict[str, Any] = next(
+        (one.config.get("settings", {}) for _, one in rows[DISTILLED].values()), {}
+    )
     representation = settings.get("representation", "cls_hidden")
     found: dict[str, Array] = {}
     for inputs, name in CENTRED.items():
@@ -282,7 +285,7 @@ def _signature(folder: RunFolder, name: str) -> Array | None:
     if not path.is_file():
         return None
     try:
-        with safe_open(path, framework="np") as file:  # type: ignore[no-untyped-call]
+        with safe_open(path, framework="np") as file:
             if f"signature.{name}" not in file.keys():  # noqa: SIM118  a file is no mapping
                 return None
             return np.asarray(file.get_tensor(f"signature.{name}"), dtype=np.float64)

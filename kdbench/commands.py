@@ -395,8 +395,8 @@ def to_profile(
     named: bool = True,
 ) -> list[RunConfig]:
     """The runs of these rows, methods or files whose steps are measured: of the first seed, at these axis
-    values of each, with the roles that each method asks for. A row whose roles other rows' runs fill is left
-    out and said, or refused where it was `named`.
+    values of each or its first ones, with the roles that each method asks for. A row whose roles other rows'
+    runs fill is left out and said, or refused where it was `named`.
 
     Raises: UserError for the first that cannot be made.
     """
@@ -404,7 +404,8 @@ def to_profile(
 
     runs, tasks = [], dict[str, type[Any]]()
     for name in methods:
-        run = _run(board, size, name, board.seeds[0], overrides, axes[name], methods, device, tasks)
+        values = axes[name] if name in axes else board.row_axis_values(name, size)[0]
+        run = _run(board, size, name, board.seeds[0], overrides, dict(values), methods, device, tasks)
         if not run.training.optimizer_steps:
             raise UserError(f"{name}: takes no step on {board.id}, there is nothing to measure")
         run = config.keep_roles(run, needed_roles(registry.load_distiller(run.method)))

@@ -49,12 +49,11 @@ def paired(
     pairs = [[(run, run.record) for run in side] for side in (runs_a, runs_b)]
     sides = [sorted(side, key=lambda pair: pair[1].seed) for side in pairs]
     several = {json.dumps(record.axes, sort_keys=True) for side in sides for _, record in side}
-    found: dict[str, set[str]] = {}  # a row may lack an axis that the other has
-    for side in sides:
-        for _, record in side:
-            for axis, value in record.axes.items():
-                found.setdefault(axis, set()).add(json.dumps(value))
-    if any(len(values) > 1 for values in found.values()):
+    known: dict[str, set[str]] = {}  # a row may lack an axis that the other has
+    for _, record in (*sides[0], *sides[1]):
+        for axis, value in record.axes.items():
+            known.setdefault(axis, set()).add(json.dumps(value))
+    if any(len(values) > 1 for values in known.values()):
         raise RecordError(f"a comparison needs one axis value: here are {', '.join(sorted(several))}.")
     seeds = [[record.seed for _, record in side] for side in sides]
     if len(seeds[0]) != len(seeds[1]) or (len(seeds[0]) > 1 and seeds[0] != seeds[1]):

@@ -49,7 +49,7 @@ DROPOUT = {"micro_batch", "deterministic", "order"}
         ("panda", {"inputs": "target"}, {}, set(), {"resume", "micro_batch"}),
         ("panda", {}, {"student_dropout": True}, DROPOUT, {"frozen_eval", "resume"}),
         ("panda", {"prompt": "shallow", "prompt_length": 3}, {}, set(), {"targets", "padding"}),
-        ("pot_early", {"reparameterize": 4}, {}, set(), {"isolated", "saved"}),
+        ("pt", {"reparameterize": 4}, {}, set(), {"isolated", "saved"}),
         ("sft", {}, {"student_dropout": True}, DROPOUT, {"repeatable", "resume"}),
         ("sft", {}, {"mean": "micro_batch"}, {"micro_batch"}, {"order", "deterministic", "repeatable"}),
     ],

@@ -31,7 +31,7 @@ def places(tmp_path: Path) -> Places:
 def runs(board: str, size: str, *methods: str | Path, overrides: tuple[str, ...] = ()) -> list[RunConfig]:
     question = load_board(board)
     names = [str(one) for one in methods] or [row.name for row in question.rows if not row.reference]
-    return to_profile(question, size, names, overrides, "cpu", question.axis_values(size)[0])
+    return to_profile(question, size, names, overrides, "cpu", {}, bool(methods))
 
 
 def tiny(*methods: str | Path, overrides: tuple[str, ...] = ()) -> list[RunConfig]:
@@ -189,7 +189,17 @@ def test_what_a_method_runs_into_is_said(
 
 
 # ---- without data or weights
-@pytest.mark.parametrize("board", boards())
+LINKED = [name for name in boards() if any(role.row for role in load_board(name).roles.values())]
+
+
+@pytest.mark.parametrize("board", LINKED)
+def test_prompts_of_encoders_are_not_made_up(board: str, places: Places) -> None:
+    for size in load_board(board).sizes:
+        with pytest.raises(UserError, match="encoder"):
+            forecast(runs(board, size), places, Wanted(random=True))
+
+
+@pytest.mark.parametrize("board", [name for name in boards() if name not in LINKED])
 def test_every_row_of_every_board_can_be_made_up(
     board: str, places: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -183,6 +183,7 @@ def test_truth_is_every_estimator_on_all_responses(small: World, name: str) -> N
 
 def test_every_estimator_but_repetition_has_a_truth() -> None:
     plain = {"mean", "ratio", "stratified_mean", "stratum_mean"}
+    plain |= {"f1", "macro_f1", "matthews", "pearson", "spearman", "pearson_spearman"}  # of classes, numbers
     repetition = {"seq_rep", "rep", "loop_rate", "loop_onset_tokens"}
     here = {n for n, one in estimators.ESTIMATORS.items() if one.__module__ == estimators.__name__}
     assert {n for n in here if not Truth.knows(n)} == plain | repetition
