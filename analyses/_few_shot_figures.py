@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from analyses._drawing import write
 from analyses._few_shot_rows import (
     Curve,
     Row,
@@ -42,19 +43,7 @@ AVERAGE = "average"
 
 def draw(rows: Sequence[Row], out: Path) -> list[Path]:
     """Write every figure that the rows have the data for; return the files."""
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
-    import seaborn as sns
-
-    out.mkdir(parents=True, exist_ok=True)
-    paths: list[Path] = []
-    with sns.axes_style("ticks"), sns.plotting_context("paper", font_scale=1.1):
-        for name, figure in _figures(rows):
-            for suffix in ("png", "svg"):
-                paths.append(out / f"{name}.{suffix}")
-                figure.savefig(paths[-1], dpi=150)
-    return paths
+    return write(lambda: _figures(rows), out, 1.1)
 
 
 def _figures(rows: Sequence[Row]) -> "list[tuple[str, Figure]]":

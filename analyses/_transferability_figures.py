@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from analyses._drawing import write
 from analyses._transferability_page import number
 from analyses._transferability_ranks import AVERAGE, NONE, ORACLE, TRIED, Judged
 from analyses._transferability_rows import CENTRED, UNRELATED, Pairs, over_seeds
@@ -32,19 +33,7 @@ _BLANK = "0.88"
 
 def draw(judged: Judged, out: Path) -> list[Path]:
     """Write every figure that the pairs have the data for; return the files."""
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
-    import seaborn as sns
-
-    out.mkdir(parents=True, exist_ok=True)
-    paths: list[Path] = []
-    with sns.axes_style("ticks"), sns.plotting_context("paper", font_scale=1.0):
-        for name, figure in _figures(judged):
-            for suffix in ("png", "svg"):
-                paths.append(out / f"{name}.{suffix}")
-                figure.savefig(paths[-1], dpi=150)
-    return paths
+    return write(lambda: _figures(judged), out, 1.0)
 
 
 def _figures(judged: Judged) -> "list[tuple[str, Figure]]":
