@@ -752,7 +752,7 @@ def test_it_answers_at_once_without_torch_or_numpy(tmp_path: Path) -> None:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ())
         found.append(done.stderr.strip().split(";"))
     assert [one[:2] for one in found] == [["0", "[]"]] * 3
-    assert min(float(one[2]) for one in found) < 0.6  # 0.3 to 0.4 on a quiet core
+    assert min(float(one[2]) for one in found) < 0.6  # 0.31 to 0.39 alone, 0.40 to 0.56 beside other tests
 
 
 # ------------------------------------------------------------------------------------------------- the figure
