@@ -11,15 +11,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
+from torch.nn import GELU
+from torch.nn.functional import layer_norm, scaled_dot_product_attention
 from transformers import DynamicCache
 
 from kdbench.packing import Packing, is_plain_gpt2, is_watched
 from kdbench.predict import CausalLM
-
-SKINNY = 8
-"""Rows up to which a CPU multiplies weight by states, not states by weight: the same product, up to three
-times as fast where it waits for the weight (MKL, float32)."""
+from kdbench.products import Layer
 
 
 class Stream(Protocol):
@@ -57,8 +55,8 @@ class GPT2Stream:
     def __init__(self, view: CausalLM, ids: Tensor, lengths: Tensor, room: int) -> None:
         trunk = view.inner.transformer
         kept, hidden, self.positions, width = prefilled(view, ids, lengths)
-        self.blocks, self.trunk = [_Block(block) for block in trunk.h], trunk
         self.rows, self.slot = len(ids), width
+        self.blocks, self.trunk = [_Block(block) for block in trunk.h], trunk
         start = width - self.positions  # the slot of each row's first token
         self.cache: list[tuple[Tensor, Tensor]] = []
         for keys, values in kept:
@@ -73,8 +71,9 @@ class GPT2Stream:
             self.bias = zeros.masked_fill(before, -torch.inf)[:, None, None]
         self.norm = norm_of(trunk.ln_f)
         head = view.inner.get_output_embeddings()
-        self.head = head.weight[: view.vocab], None if head.bias is None else head.bias[: view.vocab]
-        self.logits = _product(hidden, *self.head)
+        bias = None if head.bias is None else head.bias[: view.vocab]
+        self.head = Layer(head.weight[: view.vocab], bias)
+        self.logits = self.head(hidden)
 
     def push(self, tokens: Tensor) -> None:
         """Append one token per row."""
@@ -93,7 +92,7 @@ class GPT2Stream:
                 scale=block.scale,
             )
             x = block.finish(x, found.reshape(n, -1))
-        self.logits = _product(layer_norm(x, *self.norm), *self.head)
+        self.logits = self.head(layer_norm(x, *self.norm))
         self.slot += 1
         self.positions = self.positions + 1
 
@@ -140,20 +139,23 @@ class _Block:
         attention, mlp = block.attn, block.mlp
         self.norms = [norm_of(block.ln_1), norm_of(block.ln_2)]
         self.act, self.scale, self.heads = mlp.act, scale_of(attention), attention.num_heads
+        self.fused = type(mlp.act) is GELU and mlp.act.approximate == "tanh"
         self.qkv, self.out, self.up, self.down = (
-            (layer.weight.t().contiguous(), layer.bias)
+            Layer(layer.weight.t(), layer.bias)
             for layer in (attention.c_attn, attention.c_proj, mlp.c_fc, mlp.c_proj)
         )
 
     def attend(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return query, key and value of one token per row, each [n, heads, d]."""
-        qkv = _product(layer_norm(x, *self.norms[0]), *self.qkv)
+        qkv = self.qkv(layer_norm(x, *self.norms[0]))
         return qkv.view(len(x), 3, self.heads, -1).unbind(1)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """Return the block's result [n, D] for its input and what attention found."""
-        x = x + _product(attended, *self.out)
-        return x + _product(self.act(_product(layer_norm(x, *self.norms[1]), *self.up)), *self.down)
+        x = self.out.added(attended, x)
+        inner = layer_norm(x, *self.norms[1])
+        inner = self.up.gelu(inner) if self.fused else self.act(self.up(inner))
+        return self.down.added(inner, x)
 
 
 def scale_of(attention: Any) -> float | None:
@@ -165,15 +167,6 @@ def scale_of(attention: Any) -> float | None:
 def norm_of(module: Any) -> tuple[Any, ...]:
     """A layer norm as the arguments of `torch.nn.functional.layer_norm`."""
     return module.normalized_shape, module.weight, module.bias, module.eps
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x weight^T + bias for x [n, in] and weight [out, in]."""
-    skinny = x.device.type == "cpu" and len(x) <= SKINNY
-    if not skinny or torch.get_float32_matmul_precision() != "highest":
-        return linear(x, weight, bias)
-    transposed = weight @ x.t() if bias is None else torch.addmm(bias[:, None], weight, x.t())
-    return transposed.t().contiguous()
 
 
 class CachedStream:

@@ -115,6 +115,10 @@ def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *args: 
     return float(sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape))
 
 
+def _linear(x: Any, *args: Any, **named: Any) -> float:
+    return float(2 * x.numel() * named["out_val"].shape[-1])
+
+
 def _same_as(packet: Any) -> Callable[..., float]:
     def count(*args: Any, **named: Any) -> float:
         return float(flop_registry[packet](*args, **named))
@@ -122,12 +126,14 @@ def _same_as(packet: Any) -> Callable[..., float]:
     return count
 
 
-# what torch's registry lacks: the CPU's fused attention, and products that add into a tensor
+# what torch's registry lacks: the CPU's fused attention, and products that add into a tensor or go through
+# oneDNN
 _MORE: dict[Any, Callable[..., float]] = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     _aten.addmm_: _same_as(_aten.addmm),
     _aten.baddbmm_: _same_as(_aten.baddbmm),
+    torch.ops.mkldnn._linear_pointwise: _linear,
 }
 
 

@@ -32,6 +32,7 @@ from kdbench.memory import (
     check_alone,
     checkpoint_activations,
     free,
+    keep_freed,
     out_of_memory,
     telling,
 )
@@ -221,6 +222,8 @@ class Trainer:
         self._log_bytes = 0
         self._preparing = False
         self._fit_written = False
+        if self.processes.device.type == "cpu":
+            keep_freed()
         distiller.to(self.processes.device)
         name_roles(dict(distiller.named_children()))
         self._set_modes()

@@ -15,11 +15,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from kdbench import packing
 from kdbench.clock import detail, role_of
 from kdbench.distiller import Batch, target_mask
+from kdbench.products import product
 from kdbench.prompts import PromptedModel
 
 ALIGNED = 64  # a head's rows on a GPU are filled up to a multiple of this
@@ -136,8 +136,8 @@ class Prediction:
             if more:
                 weight = nn.functional.pad(weight, (0, 0, 0, more))
                 bias = None if bias is None else nn.functional.pad(bias, (0, more))
-            return linear(hidden, weight, bias)[..., : self.vocab]
-        logits: Tensor = head(hidden)
+            return product(hidden, weight, bias)[..., : self.vocab]
+        logits: Tensor = product(hidden, head.weight, head.bias) if type(head) is nn.Linear else head(hidden)
         return logits if logits.shape[-1] == self.vocab else logits[..., : self.vocab]
 
 

@@ -25,6 +25,9 @@ from kdbench.errors import Diverged
 from kdbench.predict import CausalLM
 from kdbench.streams import uniform
 
+IN_BLOCKS = 2**14
+"""Entries of the vocabulary up to which a CPU sums a row's probabilities one by one."""
+
 
 class Keyed(Protocol):
     """The keys of a draw: a `Step` has them, and `Draw` where there is no training."""
@@ -266,8 +269,10 @@ class _Sampler:
         return inverse_cdf(probabilities, share)
 
     def _probabilities(self, logits: list[Tensor]) -> Tensor:
-        scale = self.temperature or 1.0
-        parts = [torch.softmax((x if x.dtype == torch.float64 else x.float()) / scale, -1) for x in logits]
+        scaled = [x if x.dtype == torch.float64 else x.float() for x in logits]
+        if self.temperature not in (0, 1):
+            scaled = [x / self.temperature for x in scaled]
+        parts = [torch.softmax(x, -1) for x in scaled]
         if len(parts) == 1:
             return parts[0]
         shared = min(part.shape[-1] for part in parts)
@@ -293,7 +298,7 @@ class _Sampler:
 
 def inverse_cdf(probabilities: Tensor, u: Tensor) -> Tensor:
     """Return one token per row: the first whose cumulative mass exceeds the share `u` [B] of the total."""
-    if probabilities.device.type == "cuda":
+    if probabilities.device.type == "cuda" or probabilities.shape[-1] > IN_BLOCKS:
         return inverse_cdf_in_blocks(probabilities, u)
     cdf = probabilities.cumsum(-1, dtype=torch.float64)
     total = cdf[:, -1:].contiguous()
@@ -303,17 +308,22 @@ def inverse_cdf(probabilities: Tensor, u: Tensor) -> Tensor:
 
 
 def inverse_cdf_in_blocks(probabilities: Tensor, u: Tensor, block: int = 256) -> Tensor:
-    """`inverse_cdf` by sums of blocks, then inside of one: a GPU scans a row of the vocabulary slowly."""
+    """`inverse_cdf` by sums of blocks, then inside of one: a long row is scanned slowly, any by a GPU."""
     n, vocab = probabilities.shape
-    blocks = pad(probabilities, (0, -vocab % block)).view(n, -1, block)
-    sums = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    whole = vocab - vocab % block
+    sums = probabilities[:, :whole].view(n, whole // block, block).sum(-1)
+    if whole < vocab:
+        sums = torch.cat([sums, probabilities[:, whole:].sum(-1, keepdim=True)], 1)
+    sums = sums.cumsum(-1, dtype=torch.float64)
     total = sums[:, -1:].contiguous()
     target = u.view(-1, 1) * total
     reached = torch.searchsorted(sums, total)  # the first block that reaches the total
     which = torch.minimum(torch.searchsorted(sums, target, right=True), reached)
-    which = which.clamp(max=blocks.shape[1] - 1)  # one more where the total is not finite
+    which = which.clamp(max=sums.shape[1] - 1)  # one more where the total is not finite
     before = torch.where(which > 0, sums.gather(1, (which - 1).clamp(min=0)), 0.0)
-    inside = blocks.gather(1, which[:, :, None].expand(-1, -1, block))[:, 0].cumsum(-1, dtype=torch.float64)
+    entries = which * block + torch.arange(block, device=probabilities.device)
+    inside = probabilities.gather(1, entries.clamp(max=vocab - 1)).masked_fill(entries >= vocab, 0.0)
+    inside = inside.cumsum(-1, dtype=torch.float64)
     place = torch.searchsorted(inside, target - before, right=True)
     last = torch.searchsorted(inside, inside[:, -1:].contiguous())  # never a token of no mass
     tokens = (which * block + torch.minimum(place, last))[:, 0]
