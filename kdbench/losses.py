@@ -405,14 +405,16 @@ class _KL(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
         of_x, of_y = ctx.needs_input_grad
         a, b, d, rates = _ratios(x, y)
-        value = mean = torch.mul(a, d).sum(-1, keepdim=True).mul_(rates[0])
+        products = torch.mul(a, d, out=None if of_y else b)
+        value = mean = products.sum(-1, keepdim=True).mul_(rates[0])
         ctx.floored = None
         if x.device.type != "cpu" or not bool(value.isfinite().all()):  # a GPU would wait for the answer
             a, b, d, rates = _floored_ratios(x, y)
-            mean = (a * d).sum(-1, keepdim=True)
+            products = a * d
+            mean = products.sum(-1, keepdim=True)
             value = mean + (b - a).sum(-1, keepdim=True)
             ctx.floored = y.isneginf() if of_y else None
-        ctx.save_for_backward(*rates, *([a, d, mean] if of_x else []), *([b, a] if of_y else []))
+        ctx.save_for_backward(*rates, *([a, products, mean] if of_x else []), *([b, a] if of_y else []))
         return value.squeeze(-1)
 
     @staticmethod
@@ -422,8 +424,8 @@ class _KL(torch.autograd.Function):
         of_a, of_b, *saved = ctx.saved_tensors
         g, in_x, in_y = upstream[0].unsqueeze(-1), None, None
         if of_x:
-            a, d, mean = saved[:3]
-            in_x = (d - mean).mul_(a).mul_(g * of_a)
+            a, products, mean = saved[:3]
+            in_x = torch.addcmul(products, a, mean, value=-1).mul_(g * of_a)
         if of_y:
             b, a = saved[-2:]
             in_y = (b * of_b).sub_(a * of_a).mul_(g)
@@ -435,9 +437,10 @@ class _KL(torch.autograd.Function):
 def _ratios(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
     """Return a and b up to a factor per row, log a - log b, and the factors, for logits that are finite."""
     x, y = x - x.amax(-1, keepdim=True), y - y.amax(-1, keepdim=True)
-    a, b = x.exp(), y.exp()
+    a = x.exp()
+    d, b = x.sub_(y), y.exp_()
     of_a, of_b = (one.sum(-1, keepdim=True, dtype=torch.float64) for one in (a, b))
-    d = x.sub_(y).sub_((of_a.log() - of_b.log()).to(x.dtype))
+    d.sub_((of_a.log() - of_b.log()).to(x.dtype))
     return a, b, d, (of_a.reciprocal().to(x.dtype), of_b.reciprocal().to(x.dtype))
 
 

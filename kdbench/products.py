@@ -64,7 +64,7 @@ class Layer:
         with torch.no_grad():
             self.fast = _takes(weight, bias)
             self.weight: Tensor = (
-                _onednn()._reorder_linear_weight(weight.detach().contiguous(), ROWS) if self.fast else weight
+                _onednn()._reorder_linear_weight(weight.detach(), ROWS) if self.fast else weight
             )
 
     def __call__(self, x: Tensor) -> Tensor:
