@@ -22,6 +22,7 @@ from kdbench.clock import detail, phase
 from kdbench.decoding import Stream, stream
 from kdbench.distiller import Batch
 from kdbench.errors import Diverged
+from kdbench.memory import keep_freed
 from kdbench.predict import CausalLM
 from kdbench.streams import uniform
 
@@ -172,6 +173,8 @@ class _Sampler:
         wanted; on the CPU.
         """
         device = next(self.views[0].inner.parameters()).device
+        if device.type == "cpu":
+            keep_freed()
         lengths = batch["prompt_length"].cpu()[rows]
         ids = batch["input_ids"].cpu()[rows, : int(lengths.max())]
         offset = batch["response_offset"].cpu()[rows] if "response_offset" in batch else None
