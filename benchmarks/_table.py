@@ -265,7 +265,34 @@ def _remarks(results: Mapping[str, Any]) -> list[str]:
                 f"({real:.1f} for real tokens only) at {floor['best']:.0f} GFLOP/s: "
                 f"{1e3 * padded / floor['best']:.0f} ms ({1e3 * real / floor['best']:.0f} ms)"
             )
-    return [*lines, ""]
+            if "head" in floor:
+                rates = [f"{rate:.0f} GFLOP/s by {name}" for name, rate in floor["head"].items()]
+                lines.append(f"- {int(vocab):,}, 128 rows times the teacher's head: {', '.join(rates)}")
+    return [*lines, "", *_phases(results)]
+
+
+def _phases(results: Mapping[str, Any]) -> list[str]:
+    """Where the time of kdbench's updates goes, a line a phase."""
+    if results.get("quick"):
+        return []
+    rows = ["| vocabulary | update | phase | ms | GFLOP of products | GFLOP/s |", "|---|---|---|---|---|---|"]
+    for vocab, found in results["vocabularies"].items():
+        for name, group in found["groups"].items():
+            told = group["notes"].get("phases", {})
+            for phase, cost in sorted(told.items(), key=lambda item: -item[1]["seconds"]):
+                seconds, gflop = cost["seconds"], cost["gflop"]
+                rate = f"{gflop / seconds:.0f}" if gflop and seconds else ""
+                shown = f"{gflop:.1f}" if gflop else ""
+                rows.append(f"| {int(vocab):,} | {name} | {phase} | {1e3 * seconds:.0f} | {shown} | {rate} |")
+    if len(rows) == 2:
+        return []
+    about = (
+        "Updates of kdbench by the trainer's clock, the mean of three, with the operations that torch "
+        "executed. `teacher` and `student` are without the output heads, which are multiplied in "
+        "`divergence`, together with the gradients of hidden states and head; `backward` is the rest of the "
+        "backward pass."
+    )
+    return ["## Where the time goes", "", about, "", *rows, ""]
 
 
 def _said(check: Mapping[str, Any]) -> str:

@@ -59,13 +59,17 @@ from _peers import (
 )
 from _table import DISTILLATION, GKD, PLAIN, ROWS, TRL_MISSING, VOCABULARIES, figure, table
 from torch import Tensor
+from torch.nn.functional import linear
 from tqdm import tqdm
 
 import kdbench
+from kdbench.clock import Clock, running
 from kdbench.config import library_versions
 from kdbench.distiller import Batch
+from kdbench.flops import FlopCounter
 from kdbench.losses import reverse_kl
 from kdbench.predict import predict
+from kdbench.products import product
 from kdbench.rollout import Draw, rollout
 
 SAME_LOSS, SAME_GRADIENT = 1e-4, 1e-3  # relative differences up to which two sides do the same work
@@ -84,6 +88,7 @@ QUICK = {
 }
 
 
+PROFILED = ("on_policy", "supervised", "promptkd")  # groups of which the page tells where the time goes
 SHARE = {"overhead": 2.0, "trl_ragged": 0.3, "set": 0.3}  # of --rounds that a group makes
 Step = Callable[[], Any]
 
@@ -291,6 +296,21 @@ def alternate(steps: Mapping[str, Step], rounds: int, tick: Callable[[], None]) 
     return times
 
 
+def phases(side: Ours, updates: int = 3) -> dict[str, dict[str, float]]:
+    """Return what each phase of an update takes: seconds, a mean over updates, and GFLOP of its products."""
+    clock = Clock(detailed=True)
+    with running(clock):
+        for _ in range(updates):
+            side.trainer.one_visit()
+    counting = Clock(detailed=True)
+    with running(counting), FlopCounter(counting) as counter:
+        side.trainer.one_visit()
+    return {
+        name: {"seconds": told["seconds"] / updates, "gflop": counter.found.get(name, 0.0) / 1e9}
+        for name, told in clock.state().items()
+    }
+
+
 # ---- memory
 def _status(name: str) -> int:
     """A number of /proc/self/status in bytes. Raises: OSError where the kernel tells none."""
@@ -410,6 +430,24 @@ def product_rates(sizes: Sequence[int]) -> dict[int, float]:
         return rates
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def head_rates(setting: Setting, rows: int = 128) -> dict[str, float]:
+    """Return the GFLOP/s of some rows' product with the teacher's head by torch itself and by kdbench, the
+    best of several tries.
+    """
+    width = setting.teacher[1]
+    x, weight = torch.randn(rows, width), torch.randn(setting.vocab, width)
+    rates = {}
+    for name, multiply in {"torch": linear, "kdbench": product}.items():
+        seconds = []
+        with torch.no_grad():
+            for _ in range(10):
+                start = time.perf_counter()
+                multiply(x, weight)
+                seconds.append(time.perf_counter() - start)
+        rates[name] = 2 * x.numel() * setting.vocab / min(seconds) / 1e9
+    return rates
 
 
 def operations(setting: Setting, real: bool) -> dict[str, float]:
@@ -538,7 +576,11 @@ def _measured_group(
             "best": max(best.values()),
             "padded": operations(setting, real=False),
             "real": operations(setting, real=True),
+            "head": head_rates(setting),
         }
+    mine = group.sides.get("kdbench")
+    if isinstance(mine, Ours) and group.steps and name in PROFILED:
+        group.notes["phases"] = phases(mine)
     sampled = {side: one.lengths for side, one in group.sides.items() if getattr(one, "lengths", None)}
     if sampled:
         group.notes["lengths"] = {

@@ -133,7 +133,7 @@ _MORE: dict[Any, Callable[..., float]] = {
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     _aten.addmm_: _same_as(_aten.addmm),
     _aten.baddbmm_: _same_as(_aten.baddbmm),
-    torch.ops.mkldnn._linear_pointwise: _linear,
+    getattr(torch.ops.mkldnn, "_linear_pointwise", None): _linear,  # not in every build of torch
 }
 
 

@@ -32,6 +32,7 @@ from kdbench.memory import (
     check_alone,
     checkpoint_activations,
     free,
+    give_back,
     keep_freed,
     out_of_memory,
     telling,
@@ -224,6 +225,7 @@ class Trainer:
         self._fit_written = False
         if self.processes.device.type == "cpu":
             keep_freed()
+            give_back()  # what came before is no part of this training
         distiller.to(self.processes.device)
         name_roles(dict(distiller.named_children()))
         self._set_modes()
@@ -468,6 +470,7 @@ class Trainer:
                 plain = torch.autocast(self.processes.device.type, enabled=False)
                 with plain, matmul_precision("highest"), telling(_NO_ROOM_TO_MEASURE):
                     milestone.action(self.updates)
+                give_back()
         if self.updates >= self.total:
             raise _BudgetSpent
 

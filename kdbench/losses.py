@@ -45,7 +45,7 @@ _CHUNK = {"cpu": (256, 13 * 2**19), "cuda": (2**20, 2**26)}
 """Rows at most, and logits at most, that are projected at once: on a CPU, 26 MiB in float32 for each model,
 which is 135 rows at 50,257 entries: about what an efficient matrix product needs."""
 
-_BLOCK = {"cpu": 2**18, "cuda": 2**24}
+_BLOCK = {"cpu": 3 * 2**17, "cuda": 2**24}
 """Logits to which a formula is applied at once: on a CPU, what stays in its cache."""
 
 
@@ -388,69 +388,69 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def _kl_of_logits(x: Tensor, y: Tensor) -> Tensor:
-    """`_kl` of two models' logits [..., V], as `log_probs` reads them; [...]."""
-    value: Tensor = _KL.apply(_at_least_float32(x), _at_least_float32(y))  # type: ignore[no-untyped-call]
+    """`_kl` of two models' log-probabilities, from their logits [..., V], as `log_probs` has them; [...]."""
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    x, y = x.to(dtype), y.to(dtype)
+    if x.device.type != "cpu":  # would wait for the GPU to tell whether the logits are finite
+        return _kl(log_probs(x), log_probs(y))
+    value: Tensor = _KL.apply(x, y)  # type: ignore[no-untyped-call]
     return value - value.detach().clamp(max=0)
 
 
 class _KL(torch.autograd.Function):
     """KL(a || b) for a = softmax(x), b = softmax(y), and its gradient in closed form: with d = log a - log b,
-    a (d - sum_v a d) in x and b - a in y. That is a third of the passes over the vocabulary of autograd.
+    a (d - sum_v a d) in x and b - a in y. Autograd goes over the vocabulary about three times as often.
 
-    d is (x - max x) - (y - max y) less the difference of two logarithms. That is small where the models are
-    near each other, and taken in float64: nothing of the size of a log-probability is rounded.
+    a and d come from the same x - max x, whatever was rounded there, and the sums that make a and b
+    probabilities are taken in float64: equal models give 0, near ones an error of the size of that in exp.
+    Rows with an entry at -inf take the formula of `_kl`.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
         of_x, of_y = ctx.needs_input_grad
-        a, b, d, rates = _ratios(x, y)
+        shifted, other = x - x.amax(-1, keepdim=True), y - y.amax(-1, keepdim=True)
+        a = shifted.exp()
+        d, b = shifted.sub_(other), other.exp_()
+        sums = [one.sum(-1, keepdim=True, dtype=torch.float64) for one in (a, b)]
+        d.sub_((sums[0].log() - sums[1].log()).to(x.dtype))
+        of_a, of_b = (one.reciprocal().to(x.dtype) for one in sums)
         products = torch.mul(a, d, out=None if of_y else b)
-        value = mean = products.sum(-1, keepdim=True).mul_(rates[0])
-        ctx.floored = None
-        if x.device.type != "cpu" or not bool(value.isfinite().all()):  # a GPU would wait for the answer
-            a, b, d, rates = _floored_ratios(x, y)
-            products = a * d
-            mean = products.sum(-1, keepdim=True)
-            value = mean + (b - a).sum(-1, keepdim=True)
-            ctx.floored = y.isneginf() if of_y else None
-        ctx.save_for_backward(*rates, *([a, products, mean] if of_x else []), *([b, a] if of_y else []))
+        value = products.sum(-1, keepdim=True).mul_(of_a)
+        ctx.closed = not bool(value.isfinite().all())
+        if ctx.closed:
+            return _KL._of_closed(ctx, x, y)
+        ctx.save_for_backward(of_a, of_b, *([a, products, value] if of_x else []), *([b, a] if of_y else []))
         return value.squeeze(-1)
 
     @staticmethod
+    def _of_closed(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        """`forward` by autograd, where an entry at -inf, or no number at all, makes the closed form fail."""
+        both = x.detach(), y.detach()
+        asked = [t.requires_grad_() for t, wanted in zip(both, ctx.needs_input_grad, strict=True) if wanted]
+        with torch.enable_grad():
+            value = _kl(log_probs(both[0]), log_probs(both[1]))
+        found = torch.autograd.grad(value, asked, torch.ones_like(value)) if asked else ()
+        ctx.save_for_backward(*found)
+        return value.detach()
+
+    @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         of_x, of_y = ctx.needs_input_grad
+        g = upstream[0].unsqueeze(-1)
+        if ctx.closed:
+            found = iter(ctx.saved_tensors)
+            return tuple(next(found) * g if wanted else None for wanted in (of_x, of_y))
         of_a, of_b, *saved = ctx.saved_tensors
-        g, in_x, in_y = upstream[0].unsqueeze(-1), None, None
+        in_x = in_y = None
         if of_x:
-            a, products, mean = saved[:3]
-            in_x = torch.addcmul(products, a, mean, value=-1).mul_(g * of_a)
+            a, products, value = saved[:3]
+            in_x = torch.addcmul(products, a, value, value=-1).mul_(g * of_a)
         if of_y:
             b, a = saved[-2:]
             in_y = (b * of_b).sub_(a * of_a).mul_(g)
-            if ctx.floored is not None:
-                in_y.masked_fill_(ctx.floored, 0.0)
         return in_x, in_y
-
-
-def _ratios(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Return a and b up to a factor per row, log a - log b, and the factors, for logits that are finite."""
-    x, y = x - x.amax(-1, keepdim=True), y - y.amax(-1, keepdim=True)
-    a = x.exp()
-    d, b = x.sub_(y), y.exp_()
-    of_a, of_b = (one.sum(-1, keepdim=True, dtype=torch.float64) for one in (a, b))
-    d.sub_((of_a.log() - of_b.log()).to(x.dtype))
-    return a, b, d, (of_a.reciprocal().to(x.dtype), of_b.reciprocal().to(x.dtype))
-
-
-def _floored_ratios(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """`_ratios` for any logits, by `log_probs`, but for the probability of an entry at -inf, which is 0."""
-    log_a, log_b = (torch.log_softmax(logits, dim=-1) for logits in (x, y))
-    a, b, one = log_a.exp(), log_b.exp(), torch.ones_like(log_a[..., :1])
-    for values in (log_a, log_b):
-        torch.nan_to_num(values, nan=math.nan, posinf=math.inf, neginf=FLOOR_NATS, out=values)
-    return a, b, log_a.sub_(log_b), (one, one)
 
 
 def _log_mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
@@ -559,9 +559,8 @@ def _through(
     totals = [[torch.zeros_like(tensor) for tensor in tensors] for tensors in trained]
     most, elements = _CHUNK.get(first.targets.device.type, _CHUNK["cuda"])
     rows = max(1, min(most, elements // vocab))
-    rows = (
-        math.ceil(positions / math.ceil(positions / rows)) if positions else rows
-    )  # no small chunk at the end
+    chunks = max(1, math.ceil(positions / rows))
+    rows = max(1, math.ceil(positions / chunks))  # no small chunk at the end, which multiplies slowly
     block = max(1, min(rows, _BLOCK.get(first.targets.device.type, _BLOCK["cuda"]) // vocab))
     values: list[Tensor] = []
     for start in range(0, positions, rows):

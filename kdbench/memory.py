@@ -50,24 +50,34 @@ def telling(message: str) -> Iterator[None]:
         raise
 
 
+def _glibc() -> Any:
+    """The C library where it is glibc, None elsewhere."""
+    with suppress(OSError, TypeError):  # TypeError: Windows
+        library = ctypes.CDLL(None)
+        return library if hasattr(library, "gnu_get_libc_version") else None
+    return None
+
+
 @functools.cache
 def keep_freed() -> None:
-    """Let this process keep what it frees, for the next update: pages that come anew from the system cost a
-    CPU up to a tenth of an update.
+    """Let this process keep what it frees, for the next update: pages that come anew cost time.
 
-    The C library otherwise gives back the end of its heap as soon as two large tensors are freed there.
-    Blocks over 32 MiB, its limit, still come from the system. Does nothing under another C library than
-    glibc, or where the environment has set either threshold (`MALLOC_TRIM_THRESHOLD_`,
-    `MALLOC_MMAP_THRESHOLD_`).
+    glibc otherwise gives back the end of its heap as soon as two large tensors are freed there. Blocks over
+    32 MiB, its limit, still come from the system. Does nothing under another C library, or where the
+    environment has set a threshold (`MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_THRESHOLD_`).
     """
-    if {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & set(os.environ):
-        return
-    trim, mmap = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in malloc.h
-    with suppress(OSError, AttributeError, TypeError):  # as on Windows
-        library = ctypes.CDLL(None)
-        if hasattr(library, "gnu_get_libc_version"):  # to other libraries the numbers mean something else
-            library.mallopt(mmap, 2**25)
-            library.mallopt(trim, 2**31 - 1)
+    set_by_user = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & set(os.environ)
+    library = _glibc()
+    if library is not None and not set_by_user:
+        library.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD of malloc.h
+        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def give_back() -> None:
+    """Give the system what this process has freed and kept, so that later peaks of memory do not hold it."""
+    library = _glibc()
+    if library is not None:
+        library.malloc_trim(0)
 
 
 def free() -> None:

@@ -98,7 +98,7 @@ class Prediction:
         if self._scale != 1:
             gradient = gradient * self._scale
         head: Any = self._head
-        plain = type(head) is nn.Linear and getattr(head, "bias", None) is None
+        plain = _is_plain(head) and head.bias is None
         autocast = torch.is_autocast_enabled(gradient.device.type)
         if plain and not autocast and gradient.dtype == head.weight.dtype:
             hidden, weight = self.hidden[start:stop].detach(), head.weight.detach()[: self.vocab]
@@ -137,8 +137,13 @@ class Prediction:
                 weight = nn.functional.pad(weight, (0, 0, 0, more))
                 bias = None if bias is None else nn.functional.pad(bias, (0, more))
             return product(hidden, weight, bias)[..., : self.vocab]
-        logits: Tensor = product(hidden, head.weight, head.bias) if type(head) is nn.Linear else head(hidden)
+        logits: Tensor = product(hidden, head.weight, head.bias) if _is_plain(head) else head(hidden)
         return logits if logits.shape[-1] == self.vocab else logits[..., : self.vocab]
+
+
+def _is_plain(head: Any) -> bool:
+    """Whether a head is weight and bias alone: no subclass, no hook, no forward of its own."""
+    return type(head) is nn.Linear and not packing.is_watched(head) and "forward" not in vars(head)
 
 
 _splits: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()

@@ -23,15 +23,26 @@ ROWS = 64
 
 @cache
 def _onednn() -> Any:
-    """torch's operations on oneDNN, None where this build has none that work."""
+    """torch's operations on oneDNN, None where this build has none, or none that agree with torch's own."""
     operations = torch.ops.mkldnn
-    one = torch.ones(1, 1)
+    weight = torch.linspace(-1, 1, 96 * 64, dtype=torch.float32, device="cpu").view(96, 64).sin()
+    bias = weight[:, 0].contiguous()
     try:
-        with torch.no_grad():
-            laid_out = operations._reorder_linear_weight(one, 1)
-            operations._linear_pointwise(one, one, None, "none", [], "")
-            operations._linear_pointwise(one, laid_out, one[0], "gelu", [], "tanh")
-            operations._linear_pointwise.binary(one, one, laid_out, one[0], "add")
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            laid_out = operations._reorder_linear_weight(weight, ROWS)
+            for rows in (1, 3, ROWS + 1):
+                x = weight[0].repeat(rows, 1)
+                wanted = linear(x, weight, bias)
+                found = [
+                    operations._linear_pointwise(x, weight, bias, "none", [], ""),
+                    operations._linear_pointwise(x, laid_out, bias, "none", [], ""),
+                    operations._linear_pointwise.binary(x, wanted, laid_out, bias, "add") - wanted,
+                ]
+                if not all(torch.allclose(one, wanted, rtol=1e-2, atol=1e-2) for one in found):
+                    return None
+                curved = operations._linear_pointwise(x, laid_out, bias, "gelu", [], "tanh")
+                if not torch.allclose(curved, gelu(wanted, approximate="tanh"), rtol=1e-2, atol=1e-2):
+                    return None
     except (AttributeError, RuntimeError):  # another version of torch, or one without oneDNN
         return None
     return operations
@@ -54,9 +65,10 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Layer:
-    """A weight [out, in] and its bias [out] or None, laid out for many products with few rows.
+    """A weight [out, in] and its bias [out] or None, laid out for many products with few rows; for use
+    without gradients, and to be made anew after the weight has changed.
 
-    It is a copy: what is written into the weight afterwards does not reach it.
+    Through oneDNN it is a copy of the weight, in a layout of its own.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -64,7 +76,7 @@ class Layer:
         with torch.no_grad():
             self.fast = _takes(weight, bias)
             self.weight: Tensor = (
-                _onednn()._reorder_linear_weight(weight.detach(), ROWS) if self.fast else weight
+                _onednn()._reorder_linear_weight(weight.detach(), ROWS) if self.fast else weight.contiguous()
             )
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -314,10 +314,11 @@ def inverse_cdf_in_blocks(probabilities: Tensor, u: Tensor, block: int = 256) ->
     """`inverse_cdf` by sums of blocks, then inside of one: a long row is scanned slowly, any by a GPU."""
     n, vocab = probabilities.shape
     whole = vocab - vocab % block
-    sums = probabilities[:, :whole].view(n, whole // block, block).sum(-1)
+    sums = probabilities[:, :whole].view(n, whole // block, block).sum(-1, dtype=torch.float64)
     if whole < vocab:
-        sums = torch.cat([sums, probabilities[:, whole:].sum(-1, keepdim=True)], 1)
-    sums = sums.cumsum(-1, dtype=torch.float64)
+        rest = probabilities[:, whole:].sum(-1, keepdim=True, dtype=torch.float64)
+        sums = torch.cat([sums, rest], 1)
+    sums = sums.cumsum(-1)
     total = sums[:, -1:].contiguous()
     target = u.view(-1, 1) * total
     reached = torch.searchsorted(sums, total)  # the first block that reaches the total

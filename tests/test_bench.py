@@ -76,10 +76,15 @@ def test_every_row_runs_without_trl(
     assert page.startswith("# Speed, quick run of toy sizes: its numbers mean nothing\n")
     assert " MB" not in page
     assert "GFLOP" not in page
+    told = measured["groups"]["on_policy"]["notes"]["phases"]
+    assert {"decode", "teacher", "student", "divergence", "backward"} <= set(told)
+    assert all(told[name]["gflop"] > 0 for name in ("decode", "teacher", "divergence", "backward"))
+    assert all(cost["seconds"] > 0 for cost in told.values())
     full = bench.table({**found, "quick": False})
     assert full.startswith("# Speed, v1\n")
     assert " MB" in full
     assert "GFLOP" in full
+    assert "| 64 | on_policy | decode |" in full
     assert found["rows"] == again(bench, found)
     assert page.strip() == capsys.readouterr().out.strip()
     assert "TRL is not installed" in page

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -373,8 +374,11 @@ def test_adamw_is_fused_where_the_device_can(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("kept", [True, False])
 def test_freed_memory_is_kept_for_the_next_update(kept: bool) -> None:
     """Two tensors under 32 MiB that are freed and made again need no new pages, under glibc."""
-    if platform.libc_ver()[0] != "glibc":
+    huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if platform.libc_ver()[0] != "glibc" or "LD_PRELOAD" in os.environ:
         pytest.skip("only glibc is told to keep what is freed")
+    if huge.is_file() and "[always]" in huge.read_text():
+        pytest.skip("pages of this kernel are too large to be counted")
     code = """
 import resource, torch
 from kdbench.memory import keep_freed
@@ -394,3 +398,32 @@ print(use() - before)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=where)
     faults = int(done.stdout)
     assert faults < 500 if kept else faults > 5000
+
+
+def test_what_was_kept_is_no_part_of_a_later_peak() -> None:
+    """A training's peak does not hold what came before it, nor an evaluation between its updates."""
+    if platform.libc_ver()[0] != "glibc" or not Path("/proc/self/clear_refs").exists():
+        pytest.skip("needs glibc, and a kernel that tells the peak")
+    code = """
+import torch
+from kdbench.clock import Clock, running, phase
+from kdbench.memory import give_back, keep_freed
+
+keep_freed()
+pairs = [torch.ones(5_000_000) for _ in range(20)]  # 400 MB in blocks under 32 MiB
+last = torch.ones(1000)
+del pairs
+clock = Clock()
+with running(clock):
+    with phase("kept"):
+        pass
+    give_back()
+    with phase("given back"):
+        pass
+print(*(told.peak_rss_bytes // 10**6 for told in clock.phases.values()))
+"""
+    unset = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"}
+    where = {name: value for name, value in os.environ.items() if name not in unset}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=where)
+    kept, given = map(int, done.stdout.split())
+    assert kept - given > 300

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from method_kit import make_rows
 from test_captured import many
 from test_packing import make
 from test_rollout import responses
@@ -16,7 +17,8 @@ from kdbench import products, rollout
 from kdbench.clock import Clock
 from kdbench.decoding import GPT2Stream, stream
 from kdbench.flops import FlopCounter
-from kdbench.predict import CausalLM
+from kdbench.predict import CausalLM, predict
+from kdbench.processes import matmul_precision
 from kdbench.products import Layer, product
 from kdbench.rollout import Draw
 
@@ -46,6 +48,17 @@ KINDS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "added": (lambda layer, x, other: layer.added(x, other), lambda y, other: y + other),
 }
 NEAR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_any_precision_of_products_is_taken(way: str, precision: str) -> None:
+    """What is allowed to be rounded is to bfloat16 at most."""
+    x, weight, bias = normal(3, 64, seed=1), normal(50, 64, seed=2), normal(50, seed=3)
+    exact = x.double() @ weight.double().t() + bias
+    with matmul_precision(precision), torch.no_grad():
+        for found in (Layer(weight, bias)(x), product(x, weight, bias)):
+            near = 2e-5 if precision == "highest" else 0.2
+            torch.testing.assert_close(found.double(), exact, rtol=near, atol=near)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -117,6 +130,16 @@ def test_operations_are_counted(way: str) -> None:
             with FlopCounter(Clock()) as counter:
                 run(x)
             assert counter.found == {"": 2.0 * 3 * 4 * 5}
+
+
+def test_a_head_with_a_hook_is_called() -> None:
+    """Of which the weight alone does not tell the logits."""
+    model: Any = make("gpt2").float()
+    model.lm_head.register_forward_hook(lambda module, args, out: 2 * out)
+    batch = make_rows([[1, 2, 3]], [[4, 5]])
+    with torch.no_grad():
+        whole = model(batch["input_ids"]).logits[0, 2:4]
+        torch.testing.assert_close(predict(model, batch).logits(), whole, rtol=1e-5, atol=1e-5)
 
 
 def test_decoding_in_float32_is_the_models_own(way: str) -> None:

@@ -433,6 +433,15 @@ def check_logits(logits: Tensor, model: nn.Module, rows: list[list[int]]) -> Non
     np.testing.assert_allclose(torch.softmax(logits, -1).numpy(), expected, rtol=1e-12, atol=1e-14)
 
 
+def test_the_inverse_in_blocks_of_float32_is_that_of_its_float64() -> None:
+    draw = torch.Generator().manual_seed(0)
+    p = torch.rand(300, 1001, generator=draw) ** 6 * (torch.rand(300, 1001, generator=draw) < 0.3)
+    u = torch.rand(300, dtype=torch.float64, generator=draw)
+    drawn = inverse_cdf_in_blocks(p, u)
+    assert torch.equal(drawn, inverse_cdf(p.double(), u)), "no random share is within rounding of a step"
+    assert bool((p.gather(1, drawn[:, None]) > 0).all())
+
+
 @pytest.mark.parametrize("vocab", [1, 7, 8, 9, 64, 501])
 def test_the_inverse_in_blocks_is_the_inverse(vocab: int) -> None:
     """With tokens and blocks of no mass, both ends of [0, 1), and a distribution that is not finite."""
