@@ -1,9 +1,9 @@
 """Products of float32 states with weights on a CPU, through oneDNN.
 
 By itself torch multiplies float32 matrices through MKL, which brings a weight into a layout of its own in
-every call. For the few rows of a decoding step, and for an output head, whose weight is large for what is
-done with it, that takes as long as the product. oneDNN takes a weight that was laid out once, and a head as
-it lies, at up to twice the rate. Its arithmetic is float32 throughout, unless
+every call, which weighs for the few rows of a decoding step, and for an output head, whose weight is large
+for what is done with it. oneDNN takes a weight that was laid out once, and a head as it lies; the speed
+benchmark has both rates for a head. Its arithmetic is float32 throughout, unless
 `torch.set_float32_matmul_precision` allows less. Other devices, types and builds of torch without oneDNN get
 torch's own product.
 """
