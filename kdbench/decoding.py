@@ -15,6 +15,7 @@ from torch.nn import GELU
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 from transformers import DynamicCache
 
+from kdbench.activations import TanhGELU
 from kdbench.packing import Packing, is_plain_gpt2, is_watched
 from kdbench.predict import CausalLM
 from kdbench.products import Layer
@@ -139,7 +140,7 @@ class _Block:
         attention, mlp = block.attn, block.mlp
         self.norms = [norm_of(block.ln_1), norm_of(block.ln_2)]
         self.act, self.scale, self.heads = mlp.act, scale_of(attention), attention.num_heads
-        self.fused = type(mlp.act) is GELU and mlp.act.approximate == "tanh"
+        self.fused = type(mlp.act) in (GELU, TanhGELU) and mlp.act.approximate == "tanh"
         self.qkv, self.out, self.up, self.down = (
             Layer(layer.weight.t(), layer.bias)
             for layer in (attention.c_attn, attention.c_proj, mlp.c_fc, mlp.c_proj)

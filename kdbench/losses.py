@@ -91,6 +91,23 @@ class FormsGradient(SupportsLogits, Protocol):
 
 Logits: TypeAlias = Tensor | SupportsLogits
 Settings = ParamSpec("Settings")
+Formula = Callable[..., Tensor]
+"""Chunks of logits [..., V], and of entries per position [...], to a value per position [...]."""
+
+_in_place: dict[Formula, Formula] = {}
+"""Of a formula of q and p, one for q alone to learn: it leaves q's gradient in the place of its logits."""
+
+
+def _formed_by(in_place: Formula) -> Callable[[Formula], Formula]:
+    """Name the formula by which value and gradient of the decorated one are formed on a CPU, where nobody
+    needs the logits any more. An entry at -inf must make its value NaN or infinite.
+    """
+
+    def named(plain: Formula) -> Formula:
+        _in_place[plain] = in_place
+        return plain
+
+    return named
 
 
 def divergence(
@@ -119,7 +136,8 @@ def divergence(
             )
         if _rows(q) != _rows(p):
             raise ValueError(f"{name}: the student has positions {_rows(q)}, the teacher {_rows(p)}.")
-        return _over_chunks(name, lambda a, b: plain(a, b, *args, **kwargs), q, p)
+        in_place = _in_place.get(plain)
+        return _over_chunks(name, lambda a, b: plain(a, b, *args, **kwargs), q, p, in_place=in_place)
 
     return over_models
 
@@ -171,6 +189,7 @@ def log_probs(logits: Tensor) -> Tensor:
 
 
 @divergence
+@_formed_by(lambda q, p: _form_kl(p, q, False, True))
 def forward_kl(q: Tensor, p: Tensor) -> Tensor:
     """KL(p || q) = sum_v p (log p - log q): teacher first; nats, [...] or [N].
 
@@ -181,6 +200,7 @@ def forward_kl(q: Tensor, p: Tensor) -> Tensor:
 
 
 @divergence
+@_formed_by(lambda q, p: _form_kl(q, p, True, False))
 def reverse_kl(q: Tensor, p: Tensor) -> Tensor:
     """KL(q || p) = sum_v q (log q - log p): student first; nats, [...] or [N].
 
@@ -398,30 +418,21 @@ def _kl_of_logits(x: Tensor, y: Tensor) -> Tensor:
 
 
 class _KL(torch.autograd.Function):
-    """KL(a || b) for a = softmax(x), b = softmax(y), and its gradient in closed form: with d = log a - log b,
-    a (d - sum_v a d) in x and b - a in y. Autograd goes over the vocabulary about three times as often.
+    """KL(a || b) for a = softmax(x), b = softmax(y), and its gradient in closed form, by `_form_kl`; autograd
+    goes over the vocabulary about three times as often.
 
-    a and d come from the same x - max x, whatever was rounded there, and the sums that make a and b
-    probabilities are taken in float64: equal models give 0, near ones an error of the size of that in exp.
     Rows with an entry at -inf take the formula of `_kl`.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
-        of_x, of_y = ctx.needs_input_grad
-        shifted, other = x - x.amax(-1, keepdim=True), y - y.amax(-1, keepdim=True)
-        a = shifted.exp()
-        d, b = shifted.sub_(other), other.exp_()
-        sums = [one.sum(-1, keepdim=True, dtype=torch.float64) for one in (a, b)]
-        d.sub_((sums[0].log() - sums[1].log()).to(x.dtype))
-        of_a, of_b = (one.reciprocal().to(x.dtype) for one in sums)
-        products = torch.mul(a, d, out=None if of_y else b)
-        value = products.sum(-1, keepdim=True).mul_(of_a)
-        ctx.closed = not bool(value.isfinite().all())
-        if ctx.closed:
+        in_x, in_y = x.clone(), y.clone()
+        value = _form_kl(in_x, in_y, *ctx.needs_input_grad)
+        if not bool(value.isfinite().all()):
             return _KL._of_closed(ctx, x, y)
-        ctx.save_for_backward(of_a, of_b, *([a, products, value] if of_x else []), *([b, a] if of_y else []))
-        return value.squeeze(-1)
+        formed = zip((in_x, in_y), ctx.needs_input_grad, strict=True)
+        ctx.save_for_backward(*(gradient for gradient, wanted in formed if wanted))
+        return value
 
     @staticmethod
     def _of_closed(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -437,20 +448,34 @@ class _KL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        of_x, of_y = ctx.needs_input_grad
-        g = upstream[0].unsqueeze(-1)
-        if ctx.closed:
-            found = iter(ctx.saved_tensors)
-            return tuple(next(found) * g if wanted else None for wanted in (of_x, of_y))
-        of_a, of_b, *saved = ctx.saved_tensors
-        in_x = in_y = None
-        if of_x:
-            a, products, value = saved[:3]
-            in_x = torch.addcmul(products, a, value, value=-1).mul_(g * of_a)
-        if of_y:
-            b, a = saved[-2:]
-            in_y = (b * of_b).sub_(a * of_a).mul_(g)
-        return in_x, in_y
+        found = iter(ctx.saved_tensors)
+        return tuple(
+            next(found) * upstream[0].unsqueeze(-1) if wanted else None for wanted in ctx.needs_input_grad
+        )
+
+
+def _form_kl(x: Tensor, y: Tensor, of_x: bool, of_y: bool) -> Tensor:
+    """KL(a || b) of a = softmax(x) and b = softmax(y), x and y [..., V], in nats, [...]. Its gradient takes
+    the place of the logits for which it is wanted, the others are lost: with d = log a - log b it is
+    a (d - sum_v a d) in x and b - a in y.
+
+    a and d come from the same x - max x, whatever was rounded there, and the sums that make a and b
+    probabilities are taken in float64: equal models give 0, near ones an error of the size of that in exp.
+    An entry at -inf makes the value NaN or infinite.
+    """
+    x.sub_(x.amax(-1, keepdim=True))
+    y.sub_(y.amax(-1, keepdim=True))
+    d = x - y
+    a, b = x.exp_(), y.exp_()
+    sum_a, sum_b = (one.sum(-1, keepdim=True, dtype=torch.float64) for one in (a, b))
+    of_a, of_b = (one.reciprocal().to(x.dtype) for one in (sum_a, sum_b))
+    products = d.sub_((sum_a / sum_b).log().to(x.dtype)).mul_(a)
+    value = products.sum(-1, keepdim=True).mul_(of_a)
+    if of_y:
+        b.mul_(of_b).addcmul_(a, of_a, value=-1)
+    if of_x:
+        torch.addcmul(products, a, value, value=-1, out=a).mul_(of_a)
+    return value.squeeze(-1)
 
 
 def _log_mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
@@ -463,10 +488,12 @@ def _check_alpha(name: str, alpha: float) -> None:
         raise ValueError(f"{name}: alpha = {alpha} is not in [0, 1).")
 
 
-def _over_chunks(name: str, plain: Callable[..., Tensor], q: Logits, *others: Logits) -> Tensor:
+def _over_chunks(
+    name: str, plain: Formula, q: Logits, *others: Logits, in_place: Formula | None = None
+) -> Tensor:
     """plain(q, *others) per row, over chunks of rows if one of them is a Prediction; [...] or [N].
 
-    `others` are further models, or Tensors with one entry per position.
+    `others` are further models, or Tensors with one entry per position; `in_place` is that of `_formed_by`.
     """
     inputs = (q, *others)
 
@@ -486,7 +513,7 @@ def _over_chunks(name: str, plain: Callable[..., Tensor], q: Logits, *others: Lo
         formed = [x for x in inputs if isinstance(x, FormsGradient)]
         trained = [tensor for one in formed for tensor in one.trained()] if torch.is_grad_enabled() else []
         with detail("divergence"):
-            value: Tensor = _Formed.apply(checked, inputs, bool(trained), *trained)  # type: ignore[no-untyped-call]
+            value: Tensor = _Formed.apply(checked, in_place, inputs, bool(trained), *trained)  # type: ignore[no-untyped-call]
         return value
 
     def part(start: int, stop: int) -> Tensor:
@@ -518,13 +545,18 @@ class _Formed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, plain: Callable[..., Tensor], inputs: tuple[Any, ...], wanted: bool, *trained: Tensor
+        ctx: Any,
+        plain: Formula,
+        in_place: Formula | None,
+        inputs: tuple[Any, ...],
+        wanted: bool,
+        *trained: Tensor,
     ) -> Tensor:
-        ctx.plain, ctx.inputs = plain, inputs
+        ctx.formulas, ctx.inputs = (plain, in_place), inputs
         ctx.autocast = _autocast_state(inputs)
         ctx.save_for_backward(*trained)
         with torch.autocast(**ctx.autocast):
-            values, ctx.unit = _through(plain, inputs, None, wanted)
+            values, ctx.unit = _through(ctx.formulas, inputs, None, wanted)
         return values
 
     @staticmethod
@@ -540,19 +572,20 @@ class _Formed(torch.autograd.Function):
             unit = None
             _ = ctx.saved_tensors  # refuses weights that were changed since the forward pass
             with torch.autocast(**ctx.autocast):
-                _, unit = _through(ctx.plain, ctx.inputs, g, True)
-            return None, None, None, *unit
+                _, unit = _through(ctx.formulas, ctx.inputs, g, True)
+            return None, None, None, None, *unit
         for total, of_rows in zip(unit, per_row, strict=True):
             total.mul_(g[:, None] if of_rows else g[:1].sum())  # the sum of no rows is 0
-        return None, None, None, *unit
+        return None, None, None, None, *unit
 
 
 def _through(
-    plain: Callable[..., Tensor], inputs: tuple[Any, ...], weights: Tensor | None, wanted: bool
+    formulas: tuple[Formula, Formula | None], inputs: tuple[Any, ...], weights: Tensor | None, wanted: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """Return plain's value per row [N], and the gradient of their sum, weighted if `weights` [N] are given,
-    in all that its predictions train.
+    in all that its predictions train. `formulas` are plain, and in_place where there is one.
     """
+    plain, in_place = formulas
     first = next(x for x in inputs if not isinstance(x, Tensor))
     positions, vocab = len(first), first.vocab
     trained = [x.trained() if wanted and isinstance(x, FormsGradient) else [] for x in inputs]
@@ -566,14 +599,46 @@ def _through(
     for start in range(0, positions, rows):
         stop = min(start + rows, positions)
         here = None if weights is None else weights[start:stop]
-        values += _through_chunk(plain, inputs, start, stop, block, here, trained, totals)
+        found = None
+        if in_place is not None and first.targets.device.type == "cpu" and list(map(bool, trained)) == [1, 0]:
+            found = _chunk_in_place(in_place, inputs, start, stop, block, here, totals[0])
+        if found is None:
+            in_place = None
+            found = _through_chunk(plain, inputs, start, stop, block, here, trained, totals)
+        values += found
     if not values:
         values = [plain(*(x if isinstance(x, Tensor) else x.chunk(0, 0) for x in inputs))]
     return torch.cat(values), [total for of_one in totals for total in of_one]
 
 
+def _chunk_in_place(
+    in_place: Formula,
+    inputs: tuple[Any, ...],
+    start: int,
+    stop: int,
+    block: int,
+    weights: Tensor | None,
+    total: list[Tensor],
+) -> list[Tensor] | None:
+    """`_through_chunk` by a formula that overwrites logits, where the first of two models learns; None, and
+    nothing done, where some logit is not finite.
+    """
+    if not all(isinstance(x, FormsGradient) for x in inputs):
+        return None  # a Tensor of logits is its owner's
+    q, p = (x.chunk(start, stop) for x in inputs)
+    if q.dtype != p.dtype:
+        return None
+    value = torch.cat([in_place(a, b) for a, b in zip(q.split(block), p.split(block), strict=True)])
+    if not bool(value.isfinite().all()):
+        return None
+    if weights is not None:
+        q.mul_(weights[:, None].to(q.dtype))
+    inputs[0].pull_back(start, stop, q, total)
+    return [value.clamp_(min=0)]
+
+
 def _through_chunk(
-    plain: Callable[..., Tensor],
+    plain: Formula,
     inputs: tuple[Any, ...],
     start: int,
     stop: int,

@@ -10,6 +10,7 @@ https://arxiv.org/abs/2208.08124).
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,6 +24,8 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block, GPT2Model
 from transformers.pytorch_utils import Conv1D
 
+from kdbench.activations import TanhGELU
+
 NAME = "kdbench_packed"
 """The attention function that models get: torch's fused attention, and row by row for packed tokens."""
 
@@ -31,6 +34,10 @@ _HARMLESS = frozenset(
     "dropout scaling is_causal position_ids position_embeddings use_cache cache_position packing return_dict "
     "output_attentions output_hidden_states".split()
 )
+
+
+CALL = 2**17
+"""What a call of attention costs beside its work, as many multiplications of entries of a query and a key."""
 
 
 class Packing:
@@ -53,9 +60,18 @@ class Packing:
         # of each slot of the flat rows; behind a row stand other tokens, which no token of the row sees
         self.token = (start[:, None] + place).clamp(max=last).flatten()
         self.flat_real = self.real.flatten()
+        self.lengths: list[int] = lengths.tolist()
+        self.wasted = self.rows * self.width**2 - sum(length**2 for length in self.lengths)
 
     def __len__(self) -> int:
         return len(self.slot)
+
+    def pays_by_row(self, query: Tensor) -> bool:
+        """Whether attention over `query` [1, heads, N, d] costs less row by row than over rows of equal
+        length: on a CPU, where calls are cheap, and padding would make the scores of many pairs.
+        """
+        pairs = self.wasted * query.shape[1] * query.shape[3]
+        return query.device.type == "cpu" and pairs > self.rows * CALL
 
     def pack(self, padded: Tensor) -> Tensor:
         """Return the N tokens' entries of `padded` [B, T or more, ...], [N, ...]."""
@@ -113,19 +129,20 @@ def _attention(
             raise Unsupported(f"{type(module).__name__}: {name} = {setting}")
     if told.get("is_causal") is False or not getattr(module, "is_causal", True):
         raise Unsupported(f"{type(module).__name__}: attention is not causal")
-    keys, values = packing.to_rows(key), packing.to_rows(value)
-    if packing.kept is not None:
-        packing.kept.append((keys, values))
-    out = scaled_dot_product_attention(
-        packing.to_rows(query),
-        keys,
-        values,
+    attend = functools.partial(
+        scaled_dot_product_attention,
         dropout_p=told.get("dropout", 0.0),
         is_causal=True,
         scale=told.get("scaling"),
         enable_gqa=key.shape[1] != query.shape[1],
     )
-    return packing.from_rows(out), None
+    if packing.kept is None and packing.pays_by_row(query):
+        parts = zip(*(x.split(packing.lengths, dim=2) for x in (query, key, value)), strict=True)
+        return torch.cat([attend(*part) for part in parts], dim=2).transpose(1, 2), None
+    keys, values = packing.to_rows(key), packing.to_rows(value)
+    if packing.kept is not None:
+        packing.kept.append((keys, values))
+    return packing.from_rows(attend(packing.to_rows(query), keys, values)), None
 
 
 AttentionInterface.register(NAME, _attention)
@@ -140,14 +157,14 @@ def prepare(model: nn.Module) -> bool:
     be run packed, by trying it on a probe. Done once per model; one that was given another attention function
     since then is run with padding.
 
-    GPT-2's GELU, which transformers composes of eight operations, becomes torch's own; attention by torch's
+    GPT-2's GELU, which transformers composes of eight operations, becomes `TanhGELU`; attention by torch's
     fused kernel becomes the function of this module, which is that kernel for rows.
     """
     if model not in _packable:
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, NewGELUActivation):
-                    setattr(parent, name, nn.GELU(approximate="tanh").train(child.training))
+                    setattr(parent, name, TanhGELU().train(child.training))
         _packable[model] = _try(model)
     config: Any = getattr(model, "config", None)
     return _packable[model] and getattr(config, "_attn_implementation", None) == NAME

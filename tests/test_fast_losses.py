@@ -156,11 +156,12 @@ def test_value_and_gradient_are_those_of_the_plain_formula(
     [("sharp", "sharp"), ("flat", "flat"), ("closed", "random"), ("random", "closed"), ("closed", "closed"),
      ("closed", "closed elsewhere")],
 )  # fmt: skip
-def test_structured_logits(name: str, first: str, second: str) -> None:
+@pytest.mark.parametrize("trained", ["qp", "q"])
+def test_structured_logits(name: str, first: str, second: str, trained: str) -> None:
     """Nearly certain or nearly uniform models, and entries at -inf in one or both of them."""
     dtype = torch.float64
-    check(name, (Side(1, dtype, first), Side(2, dtype, second)), "token mean", dtype)
-    check(name, (Side(1, dtype, first), Side(2, dtype, second)), "row weights", dtype)
+    for upstream in ("token mean", "row weights"):
+        check(name, (Side(1, dtype, first), Side(2, dtype, second)), upstream, dtype, trained)
 
 
 @pytest.mark.parametrize("name", sorted(FORMULAS))
@@ -211,6 +212,27 @@ def test_any_cut_gives_the_same(chunk: int, block: int, monkeypatch: pytest.Monk
         check("forward_kl", (Side(1, torch.float64), Side(2, torch.float64)), upstream, torch.float64)
     monkeypatch.setitem(losses._CHUNK, "cpu", (1000, chunk * VOCAB))  # cut by elements, not by rows
     check("reverse_kl", (Side(1, torch.float64), Side(2, torch.float64)), "row weights", torch.float64)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("upstream", ["token mean", "row weights"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_student_alone_learns_in_the_place_of_its_logits(
+    name: str, upstream: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The closed form without autograd, which the formula for two learning models is not asked for."""
+    plain_formula: Any = FORMULAS[name].__wrapped__  # type: ignore[attr-defined]
+    formed, asked = losses._in_place[plain_formula], []
+    monkeypatch.setitem(losses._in_place, plain_formula, lambda q, p: (asked.append(len(q)), formed(q, p))[1])
+    check(name, (Side(1, dtype), Side(2, dtype)), upstream, dtype, "q")
+    passes = 2 if upstream == "row weights" else 1
+    assert asked == passes * [3, 1, 3, 1, 3, 1, 3, 1, 3, 1, 3]
+    asked.clear()
+    check(name, (Side(1, dtype, "closed"), Side(2, dtype)), upstream, dtype, "q")
+    assert asked == passes * [3, 1]  # not again once a logit was at -inf
+    check(name, (Side(1, dtype), Side(2, dtype)), upstream, dtype, "qp")
+    check(name, (Side(1, dtype), Side(2, dtype)), upstream, dtype, "p")
+    assert len(asked) == passes * 2
 
 
 # ------------------------------------------------------------------------------- more than one loss
@@ -326,9 +348,11 @@ def test_tensors_beside_predictions() -> None:
     """A Tensor without a gradient is cut with the chunks; one with a gradient gets it."""
     q, p = Side(1, torch.float64), Side(2, torch.float64)
     fixed = p.logits().detach()
+    before = fixed.clone()
     mine = torch.autograd.grad(forward_kl(q.prediction(), fixed).sum(), q.leaves())
     exact = torch.autograd.grad(forward_kl(q.logits(), fixed).sum(), q.exact)
     assert_near(list(mine), list(exact), 1e-10)
+    assert torch.equal(fixed, before)  # its owner's, though a chunk of logits is written over
     moving = fixed.clone().requires_grad_()
     mine = torch.autograd.grad(forward_kl(q.prediction(), moving).sum(), [*q.leaves(), moving])
     exact = torch.autograd.grad(forward_kl(q.logits(), moving).sum(), [*q.exact, moving])

@@ -304,14 +304,19 @@ def test_swapped_arguments() -> None:
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "symmetric_kl"])
 @pytest.mark.parametrize("far", [0.01, 0.3, 3.0])
-def test_float32_is_near_float64_over_a_large_vocabulary(name: str, far: float) -> None:
+@pytest.mark.parametrize("predicted", [False, True])
+def test_float32_is_near_float64_over_a_large_vocabulary(name: str, far: float, predicted: bool) -> None:
     """Sums over 50,257 entries are accurate to a few of float32's steps, near 0 and far from it."""
     q = normal(20, 50257, seed=1, scale=3.0, dtype=torch.float32)
     p = q + far * normal(20, 50257, seed=2, dtype=torch.float32)
     q.requires_grad_()
     exact_q = q.detach().double().requires_grad_()
     function = DIVERGENCES[name]
-    found, exact = function(q, p), function(exact_q, p.double())
+    models: list[Logits] = [q, p]
+    if predicted:  # formed chunk by chunk
+        targets = torch.zeros(20, dtype=torch.long)
+        models = [Prediction(x, torch.nn.Identity(), targets, 50257) for x in (q, p)]
+    found, exact = function(*models), function(exact_q, p.double())
     torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-7)
     (mine,) = torch.autograd.grad(found.sum(), q)
     (theirs,) = torch.autograd.grad(exact.sum(), exact_q)

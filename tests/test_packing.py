@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.activations import NewGELUActivation
 
 from kdbench import packing
+from kdbench.activations import SMALL, TanhGELU
 from kdbench.distiller import Batch, target_mask
 from kdbench.memory import checkpoint_activations
 from kdbench.packing import NAME, Packing, is_plain_gpt2
@@ -171,13 +172,47 @@ def test_nothing_comes_back_from_behind_a_row() -> None:
 @pytest.mark.parametrize("kind", PACKED)
 @pytest.mark.parametrize("soft", [0, 3])
 @pytest.mark.parametrize("rows", BATCHES)
-def test_packed_rows_equal_single_rows(kind: str, soft: int, rows: str) -> None:
+@pytest.mark.parametrize("by_row", [False, True])
+def test_packed_rows_equal_single_rows(
+    kind: str, soft: int, rows: str, by_row: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention over all rows padded to one length, and over each row by itself."""
     model = make(kind)
     reference = behind(copy.deepcopy(model), soft)
     model = behind(model, soft)
     assert CausalLM(model).packs
     assert CausalLM(model).split
-    assert_same(model, reference, BATCHES[rows]())
+    lengths: list[int] = []
+    attend = packing.scaled_dot_product_attention
+
+    def heard(query: Tensor, *others: Tensor, **told: Any) -> Tensor:
+        lengths.append(query.shape[0])
+        return attend(query, *others, **told)
+
+    monkeypatch.setattr(packing, "scaled_dot_product_attention", heard)
+    monkeypatch.setattr(packing, "CALL", -1 if by_row else 2**20)
+    batch = BATCHES[rows]()
+    assert_same(model, reference, batch)
+    assert lengths == 2 * ([1] * batch.size if by_row else [batch.size])
+
+
+def test_attention_goes_row_by_row_where_padding_costs_more_than_calls() -> None:
+    query = torch.empty(1, 8, 1, 64)
+    assert Packing(torch.tensor([84, 127, 90, 96, 103, 109, 115, 121])).pays_by_row(query)
+    assert not Packing(torch.tensor([127] * 8)).pays_by_row(query)
+    assert not Packing(torch.tensor([3, 4, 5, 6, 7] * 12)).pays_by_row(query)
+
+
+def test_no_token_attends_row_by_row_in_a_row_that_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "CALL", -1)
+    model = make("gpt2")
+    reference = copy.deepcopy(model)
+    assert CausalLM(model).packs
+    rows = Packing(torch.tensor([0, 3, 0, 1]))
+    ids, every = torch.tensor([4, 5, 6, 7]), torch.arange(4)
+    found = packing.run(model, rows, rows.place, every, input_ids=ids)
+    wanted = [reference.transformer(input_ids=one[None]).last_hidden_state[0] for one in ids.split([3, 1])]
+    torch.testing.assert_close(found, torch.cat(wanted), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "llama_gqa"])
@@ -380,10 +415,13 @@ def test_models_of_one_configuration_do_not_disturb_each_other() -> None:
     assert_same(plain, reference, ragged())
 
 
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-6), (torch.float64, 1e-15)])
-def test_gelu_is_gpt2s(dtype: torch.dtype, near: float) -> None:
+def test_gelu_is_gpt2s(dtype: torch.dtype, near: float, large: bool) -> None:
     x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, 1e-20, -1e-20])]).to(dtype)
-    theirs, ours = NewGELUActivation(), nn.GELU(approximate="tanh")
+    theirs, ours = NewGELUActivation(), TanhGELU()
+    x = x.repeat(9) if large else x
+    assert (len(x) >= SMALL) == large
     found = []
     for act in (theirs, ours):
         at = x.clone().requires_grad_()
@@ -395,7 +433,7 @@ def test_gelu_is_gpt2s(dtype: torch.dtype, near: float) -> None:
     model = make("gpt2")
     CausalLM(model)
     acts = [block.mlp.act for block in model.transformer.h]
-    assert [(type(act), act.approximate) for act in acts] == [(nn.GELU, "tanh")] * 2
+    assert [(type(act), act.approximate) for act in acts] == [(TanhGELU, "tanh")] * 2
 
 
 # ---------------------------------------------------------------------------------- recomputed activations
