@@ -420,16 +420,21 @@ def product_rates(sizes: Sequence[int]) -> dict[int, float]:
         rates = {}
         for size in sizes:
             a, b = torch.randn(size, size), torch.randn(size, size)
-            a @ b
-            seconds = []
-            for _ in range(3 if size > 2048 else 10):
-                start = time.perf_counter()
-                a @ b
-                seconds.append(time.perf_counter() - start)
-            rates[size] = 2 * size**3 / min(seconds) / 1e9
+            rates[size] = 2 * size**3 / _least(partial(torch.mm, a, b), 3 if size > 2048 else 10) / 1e9
         return rates
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def _least(step: Step, tries: int) -> float:
+    """Return the seconds of the fastest of several tries, after one that is not timed."""
+    step()
+    seconds = []
+    for _ in range(tries):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def head_rates(setting: Setting, rows: int = 128) -> dict[str, float]:
@@ -438,16 +443,12 @@ def head_rates(setting: Setting, rows: int = 128) -> dict[str, float]:
     """
     width = setting.teacher[1]
     x, weight = torch.randn(rows, width), torch.randn(setting.vocab, width)
-    rates = {}
-    for name, multiply in {"torch": linear, "kdbench": product}.items():
-        seconds = []
-        with torch.no_grad():
-            for _ in range(10):
-                start = time.perf_counter()
-                multiply(x, weight)
-                seconds.append(time.perf_counter() - start)
-        rates[name] = 2 * x.numel() * setting.vocab / min(seconds) / 1e9
-    return rates
+    with torch.no_grad():
+        seconds = {
+            "torch": _least(partial(linear, x, weight), 10),
+            "kdbench": _least(partial(product, x, weight), 10),
+        }
+    return {name: 2 * x.numel() * setting.vocab / least / 1e9 for name, least in seconds.items()}
 
 
 def operations(setting: Setting, real: bool) -> dict[str, float]:

@@ -89,13 +89,13 @@ class Layer:
     def gelu(self, x: Tensor) -> Tensor:
         """Return GELU, in its form with tanh, of x weight^T + bias."""
         if not self.fast:
-            return gelu(linear(x, self.weight, self.bias), approximate="tanh")
+            return gelu(self(x), approximate="tanh")
         found: Tensor = _onednn()._linear_pointwise(x, self.weight, self.bias, "gelu", [], "tanh")
         return found
 
     def added(self, x: Tensor, other: Tensor) -> Tensor:
         """Return x weight^T + bias + other."""
         if not self.fast:
-            return linear(x, self.weight, self.bias) + other
+            return self(x) + other
         found: Tensor = _onednn()._linear_pointwise.binary(x, other, self.weight, self.bias, "add")
         return found

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from kdbench import losses
 from kdbench.distiller import token_mean
 from kdbench.losses import (
+    _kl,
     cross_entropy,
     divergence,
     entropy,
@@ -70,6 +71,9 @@ def plain(name: str, q: Tensor, p: Tensor, targets: Tensor) -> Tensor:
         return -said
     if name == "token_log_prob":
         return said
+    if name in ("forward_kl", "reverse_kl"):  # not the closed form, which `FORMULAS` have
+        first, second = (p, q) if name == "forward_kl" else (q, p)
+        return _kl(log_probs(first), log_probs(second))
     return entropy(q) if name == "entropy" else FORMULAS[name](q, p)
 
 
