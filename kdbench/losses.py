@@ -24,7 +24,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -91,19 +91,21 @@ class FormsGradient(SupportsLogits, Protocol):
 
 Logits: TypeAlias = Tensor | SupportsLogits
 Settings = ParamSpec("Settings")
-Formula = Callable[..., Tensor]
+Formula: TypeAlias = Callable[..., Tensor]
 """Chunks of logits [..., V], and of entries per position [...], to a value per position [...]."""
+Named = TypeVar("Named", bound=Callable[..., Tensor])
 
-_in_place: dict[Formula, Formula] = {}
+_in_place: dict[Formula, Callable[[Tensor, Tensor], Tensor]] = {}
 """Of a formula of q and p, one for q alone to learn: it leaves q's gradient in the place of its logits."""
 
 
-def _formed_by(in_place: Formula) -> Callable[[Formula], Formula]:
-    """Name the formula by which value and gradient of the decorated one are formed on a CPU, where nobody
-    needs the logits any more. An entry at -inf must make its value NaN or infinite.
+def _formed_by(in_place: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Named], Named]:
+    """Name the function by which value and gradient of the decorated formula, called without settings, are
+    formed on a CPU, where nobody needs the logits any more. An entry at -inf must make its value NaN or
+    infinite.
     """
 
-    def named(plain: Formula) -> Formula:
+    def named(plain: Named) -> Named:
         _in_place[plain] = in_place
         return plain
 
@@ -136,7 +138,7 @@ def divergence(
             )
         if _rows(q) != _rows(p):
             raise ValueError(f"{name}: the student has positions {_rows(q)}, the teacher {_rows(p)}.")
-        in_place = _in_place.get(plain)
+        in_place = None if args or kwargs else _in_place.get(plain)
         return _over_chunks(name, lambda a, b: plain(a, b, *args, **kwargs), q, p, in_place=in_place)
 
     return over_models
@@ -421,7 +423,7 @@ class _KL(torch.autograd.Function):
     """KL(a || b) for a = softmax(x), b = softmax(y), and its gradient in closed form, by `_form_kl`; autograd
     goes over the vocabulary about three times as often.
 
-    Rows with an entry at -inf take the formula of `_kl`.
+    Where a row has an entry at -inf, all take the formula of `_kl`.
     """
 
     @staticmethod
@@ -595,12 +597,16 @@ def _through(
     chunks = max(1, math.ceil(positions / rows))
     rows = max(1, math.ceil(positions / chunks))  # no small chunk at the end, which multiplies slowly
     block = max(1, min(rows, _BLOCK.get(first.targets.device.type, _BLOCK["cuda"]) // vocab))
+    if first.targets.device.type != "cpu" or [bool(one) for one in trained] != [True, False]:
+        in_place = None
+    if not all(isinstance(x, FormsGradient) for x in inputs):
+        in_place = None  # a Tensor of logits is its owner's
     values: list[Tensor] = []
     for start in range(0, positions, rows):
         stop = min(start + rows, positions)
         here = None if weights is None else weights[start:stop]
         found = None
-        if in_place is not None and first.targets.device.type == "cpu" and list(map(bool, trained)) == [1, 0]:
+        if in_place is not None:
             found = _chunk_in_place(in_place, inputs, start, stop, block, here, totals[0])
         if found is None:
             in_place = None
@@ -620,11 +626,9 @@ def _chunk_in_place(
     weights: Tensor | None,
     total: list[Tensor],
 ) -> list[Tensor] | None:
-    """`_through_chunk` by a formula that overwrites logits, where the first of two models learns; None, and
-    nothing done, where some logit is not finite.
+    """`_through_chunk` by a formula that overwrites logits, where the first of two models learns; None, with
+    nothing added to `total`, where some value is not finite or the models differ in precision.
     """
-    if not all(isinstance(x, FormsGradient) for x in inputs):
-        return None  # a Tensor of logits is its owner's
     q, p = (x.chunk(start, stop) for x in inputs)
     if q.dtype != p.dtype:
         return None

@@ -2,7 +2,8 @@
 
 Everything in a transformer but attention treats tokens one by one, so padding costs it time for nothing. Here
 the tokens of all rows are one sequence [1, N]; the attention function, which transformers lets a caller
-register, lays queries, keys and values out as rows for the fused kernel and takes the results back.
+register, lays queries, keys and values out as rows for the fused kernel and takes the results back, or calls
+it for each row where padding would cost more.
 
 Source: own; the idea is known from the training of BERT without padding (Zeng et al. 2022,
 https://arxiv.org/abs/2208.08124).
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, GPT2LMHeadModel
-from transformers.activations import NewGELUActivation
+from transformers.activations import ACT2FN, NewGELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block, GPT2Model
@@ -36,8 +37,8 @@ _HARMLESS = frozenset(
 )
 
 
-CALL = 2**17
-"""What a call of attention costs beside its work, as many multiplications of entries of a query and a key."""
+COST_OF_CALL = 2**17
+"""What a call of attention costs beside its work: as much as so many products of entries of query and key."""
 
 
 class Packing:
@@ -48,7 +49,8 @@ class Packing:
     """
 
     def __init__(self, lengths: Tensor, kept: list[tuple[Tensor, Tensor]] | None = None) -> None:
-        self.rows, self.width = len(lengths), int(lengths.max()) if len(lengths) else 0
+        self.lengths: list[int] = lengths.tolist()
+        self.rows, self.width = len(self.lengths), max(self.lengths, default=0)
         self.kept = kept
         place = torch.arange(self.width, device=lengths.device)
         self.real = place < lengths[:, None]
@@ -60,8 +62,6 @@ class Packing:
         # of each slot of the flat rows; behind a row stand other tokens, which no token of the row sees
         self.token = (start[:, None] + place).clamp(max=last).flatten()
         self.flat_real = self.real.flatten()
-        self.lengths: list[int] = lengths.tolist()
-        self.wasted = self.rows * self.width**2 - sum(length**2 for length in self.lengths)
 
     def __len__(self) -> int:
         return len(self.slot)
@@ -70,8 +70,9 @@ class Packing:
         """Whether attention over `query` [1, heads, N, d] costs less row by row than over rows of equal
         length: on a CPU, where calls are cheap, and padding would make the scores of many pairs.
         """
-        pairs = self.wasted * query.shape[1] * query.shape[3]
-        return query.device.type == "cpu" and pairs > self.rows * CALL
+        padded = self.rows * self.width**2 - sum(length**2 for length in self.lengths)  # pairs of tokens
+        wasted = padded * query.shape[1] * query.shape[3]
+        return query.device.type == "cpu" and wasted > self.rows * COST_OF_CALL
 
     def pack(self, padded: Tensor) -> Tensor:
         """Return the N tokens' entries of `padded` [B, T or more, ...], [N, ...]."""
@@ -138,7 +139,7 @@ def _attention(
     )
     if packing.kept is None and packing.pays_by_row(query):
         parts = zip(*(x.split(packing.lengths, dim=2) for x in (query, key, value)), strict=True)
-        return torch.cat([attend(*part) for part in parts], dim=2).transpose(1, 2), None
+        return torch.cat([attend(*part).transpose(1, 2) for part in parts], dim=1), None
     keys, values = packing.to_rows(key), packing.to_rows(value)
     if packing.kept is not None:
         packing.kept.append((keys, values))
@@ -149,6 +150,7 @@ AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 _packable: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_TANH_GELUS = (NewGELUActivation, type(ACT2FN["gelu_pytorch_tanh"]))
 _DUMMY = torch.zeros(1, 1, 1, 1, dtype=torch.bool)  # a mask of four dimensions is passed on as it is
 
 
@@ -157,13 +159,14 @@ def prepare(model: nn.Module) -> bool:
     be run packed, by trying it on a probe. Done once per model; one that was given another attention function
     since then is run with padding.
 
-    GPT-2's GELU, which transformers composes of eight operations, becomes `TanhGELU`; attention by torch's
+    GELU in its form with tanh, which transformers composes of eight operations for GPT-2, becomes `TanhGELU`;
+    attention by torch's
     fused kernel becomes the function of this module, which is that kernel for rows.
     """
     if model not in _packable:
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
-                if isinstance(child, NewGELUActivation):
+                if isinstance(child, _TANH_GELUS):
                     setattr(parent, name, TanhGELU().train(child.training))
         _packable[model] = _try(model)
     config: Any = getattr(model, "config", None)

@@ -224,10 +224,11 @@ def test_any_cut_gives_the_same(chunk: int, block: int, monkeypatch: pytest.Monk
 def test_a_student_alone_learns_in_the_place_of_its_logits(
     name: str, upstream: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The closed form without autograd, which the formula for two learning models is not asked for."""
+    """By the closed form, without autograd; it is not asked where the teacher learns too, or alone."""
     plain_formula: Any = FORMULAS[name].__wrapped__  # type: ignore[attr-defined]
     formed, asked = losses._in_place[plain_formula], []
-    monkeypatch.setitem(losses._in_place, plain_formula, lambda q, p: (asked.append(len(q)), formed(q, p))[1])
+    counting = lambda q, p: (asked.append(len(q)), formed(q, p))[1]
+    monkeypatch.setitem(losses._in_place, plain_formula, counting)
     check(name, (Side(1, dtype), Side(2, dtype)), upstream, dtype, "q")
     passes = 2 if upstream == "row weights" else 1
     assert asked == passes * [3, 1, 3, 1, 3, 1, 3, 1, 3, 1, 3]
@@ -237,6 +238,31 @@ def test_a_student_alone_learns_in_the_place_of_its_logits(
     check(name, (Side(1, dtype), Side(2, dtype)), upstream, dtype, "qp")
     check(name, (Side(1, dtype), Side(2, dtype)), upstream, dtype, "p")
     assert len(asked) == passes * 2
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
+def test_no_other_position_of_a_tempered_student_suffers_from_one_that_is_not_finite(name: str) -> None:
+    q, p = Side(1, torch.float64), Side(2, torch.float64)
+    with torch.no_grad():
+        q.hidden[9] = q.exact[0][9] = INF
+        fixed, logits = p.prediction(), p.logits()
+    values = FORMULAS[name](q.prediction().tempered(2.5), fixed.tempered(2.5))
+    wanted = plain(name, q.logits() / 2.5, logits / 2.5, TARGETS)
+    rest = torch.arange(ROWS) != 9
+    torch.testing.assert_close(values[rest], wanted[rest], rtol=1e-11, atol=1e-11)
+    assert values[9].isnan()
+    mine = torch.autograd.grad(values.sum(), q.hidden)[0]
+    assert_near([mine[rest]], [torch.autograd.grad(wanted[rest].sum(), q.exact[0])[0][rest]], 1e-10)
+
+
+def test_settings_that_a_formula_has_not_are_refused() -> None:
+    q, p = Side(1, torch.float64), Side(2, torch.float64)
+    with torch.no_grad():
+        fixed = p.prediction()
+    with pytest.raises(TypeError, match=r"forward_kl\(\) got an unexpected keyword argument 'alpha'"):
+        forward_kl(q.prediction(), fixed, alpha=0.5)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="positional argument"):
+        reverse_kl(q.prediction(), fixed, 7.0)  # type: ignore[call-arg]
 
 
 # ------------------------------------------------------------------------------- more than one loss

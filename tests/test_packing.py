@@ -57,6 +57,7 @@ PACKED: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_gqa": ("qwen2", {**COMMON, "num_key_value_heads": 1, "tie_word_embeddings": True}),
     "opt": ("opt", {**COMMON, "ffn_dim": 24, "word_embed_proj_dim": 16, "init_std": 0.4}),
     "gpt_neox": ("gpt_neox", COMMON),
+    "jetmoe": ("jetmoe", {**COMMON, "num_key_value_heads": 2, "kv_channels": 4, "num_local_experts": 2}),
 }
 PADDED: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral_window": ("mistral", {**COMMON, "num_key_value_heads": 2, "sliding_window": WINDOW}),
@@ -182,18 +183,26 @@ def test_packed_rows_equal_single_rows(
     model = behind(model, soft)
     assert CausalLM(model).packs
     assert CausalLM(model).split
-    lengths: list[int] = []
+    shapes = heard_attention(monkeypatch, always_by_row=by_row)
+    batch = BATCHES[rows]()
+    assert_same(model, reference, batch)
+    lengths = ((batch["length"] - 1).clamp(min=1) + soft).tolist()
+    wanted = [(1, length) for length in lengths] if by_row else [(len(lengths), max(lengths))]
+    assert shapes == 2 * wanted
+
+
+def heard_attention(monkeypatch: pytest.MonkeyPatch, always_by_row: bool) -> list[tuple[int, int]]:
+    """Rows and width of every call of torch's attention from now on."""
+    shapes: list[tuple[int, int]] = []
     attend = packing.scaled_dot_product_attention
 
     def heard(query: Tensor, *others: Tensor, **told: Any) -> Tensor:
-        lengths.append(query.shape[0])
+        shapes.append((query.shape[0], query.shape[2]))
         return attend(query, *others, **told)
 
     monkeypatch.setattr(packing, "scaled_dot_product_attention", heard)
-    monkeypatch.setattr(packing, "CALL", -1 if by_row else 2**20)
-    batch = BATCHES[rows]()
-    assert_same(model, reference, batch)
-    assert lengths == 2 * ([1] * batch.size if by_row else [batch.size])
+    monkeypatch.setattr(packing, "COST_OF_CALL", -1 if always_by_row else 2**20)
+    return shapes
 
 
 def test_attention_goes_row_by_row_where_padding_costs_more_than_calls() -> None:
@@ -204,15 +213,16 @@ def test_attention_goes_row_by_row_where_padding_costs_more_than_calls() -> None
 
 
 def test_no_token_attends_row_by_row_in_a_row_that_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "CALL", -1)
     model = make("gpt2")
     reference = copy.deepcopy(model)
     assert CausalLM(model).packs
+    shapes = heard_attention(monkeypatch, always_by_row=True)
     rows = Packing(torch.tensor([0, 3, 0, 1]))
     ids, every = torch.tensor([4, 5, 6, 7]), torch.arange(4)
     found = packing.run(model, rows, rows.place, every, input_ids=ids)
     wanted = [reference.transformer(input_ids=one[None]).last_hidden_state[0] for one in ids.split([3, 1])]
     torch.testing.assert_close(found, torch.cat(wanted), rtol=1e-12, atol=1e-12)
+    assert shapes == 2 * [(1, 0), (1, 3), (1, 0), (1, 1)]
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "llama_gqa"])
@@ -427,6 +437,7 @@ def test_gelu_is_gpt2s(dtype: torch.dtype, near: float, large: bool) -> None:
         at = x.clone().requires_grad_()
         value = act(at)
         found.append((value.detach(), torch.autograd.grad(value.sum(), at)[0]))
+    assert (type(value.grad_fn).__name__ == "_BySigmoidBackward") == large
     (value, slope), (mine, my_slope) = found
     assert bool(((mine - value).abs() <= near * x.abs()).all())
     assert bool(((my_slope - slope).abs() <= 10 * near).all())
@@ -434,6 +445,18 @@ def test_gelu_is_gpt2s(dtype: torch.dtype, near: float, large: bool) -> None:
     CausalLM(model)
     acts = [block.mlp.act for block in model.transformer.h]
     assert [(type(act), act.approximate) for act in acts] == [(TanhGELU, "tanh")] * 2
+
+
+def test_gelu_of_a_transposed_tensor_and_its_second_derivative() -> None:
+    x = torch.randn(256, 160, dtype=torch.float64).t().requires_grad_()
+    assert x.numel() >= SMALL
+    found = []
+    for act in (NewGELUActivation(), TanhGELU()):
+        value = act(x)
+        (slope,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+        found.append((value, slope, *torch.autograd.grad(slope.square().sum(), x)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
 
 
 # ---------------------------------------------------------------------------------- recomputed activations
