@@ -224,6 +224,10 @@ def table(results: Mapping[str, Any]) -> str:
     first = next(iter(results["vocabularies"].values()))["setting"]
     sizes = {role: first[role] for role in ("teacher", "student")}
     shapes = ", ".join(f"{role} {n} x {width} ({heads} heads)" for role, (n, width, heads) in sizes.items())
+    under = {
+        "own": "each side under the thresholds of glibc's allocator that it has where it runs alone",
+        "kdbench": "all sides under the thresholds of glibc's allocator that kdbench sets",
+    }[told.get("allocator", "kdbench")]
     about = [
         f"GPT-2 shapes with random weights: {shapes}; batch {first['batch']}, prompts of {first['shortest']} "
         f"to {first['prompt']} tokens (all {first['prompt']} where lengths are equal), {first['new']} new "
@@ -234,8 +238,8 @@ def table(results: Mapping[str, Any]) -> str:
         + (" with changes" if told["dirty"] else "")
         + f"; {results['rounds']} round{'s' * (results['rounds'] > 1)}.",
         "Times are medians; a ratio is the median over rounds of kdbench / peer, one after the other in one "
-        "process. Memory growth is that of the resident set over one update on prompts of full length. TRL's "
-        "trainers pass no position ids, so they are compared on prompts of equal length.",
+        f"process, {under}. Memory growth is that of the resident set over one update on prompts of full "
+        "length. TRL's trainers pass no position ids, so they are compared on prompts of equal length.",
     ]
     made = "Made by `python benchmarks/step.py`; every round is in [results.json](results.json)."
     toy = "quick run of toy sizes: its numbers mean nothing"

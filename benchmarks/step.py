@@ -3,7 +3,8 @@
     python benchmarks/step.py [--vocab 8192,50257] [--rounds 10] [--rows ROW,ROW] [--out FOLDER]
 
 Both sides run in one process, in alternating order, on copies of the same weights and on the same texts, with
-the same matrix-product precision and threads, dropout 0 and AdamW. Before anything is timed, the two sides'
+the same matrix-product precision and threads, dropout 0 and AdamW, each under the thresholds of the allocator
+that it has where it runs alone. Before anything is timed, the two sides'
 loss and gradient on the same responses are compared. A ratio is the median over rounds of kdbench / peer
 within the round. Memory is the growth of the resident set over one update, each side in a process of its own
 that has made an update on short texts before. Prints a table; `--out` writes it as `table.md`, and
@@ -68,6 +69,7 @@ from kdbench.config import library_versions
 from kdbench.distiller import Batch
 from kdbench.flops import FlopCounter
 from kdbench.losses import reverse_kl
+from kdbench.memory import KEEPING, set_thresholds
 from kdbench.predict import predict
 from kdbench.products import product
 from kdbench.rollout import Draw, rollout
@@ -76,6 +78,8 @@ SAME_LOSS, SAME_GRADIENT = 1e-4, 1e-3  # relative differences up to which two si
 # glibc then gives a freed block of this size or more back at once, instead of raising that size as it goes:
 # what is resident is what is in use
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+# thresholds of glibc's allocator up to which it raises them by itself, in bytes: a peer has no others
+UNTOLD = (2**25, 2**26)
 QUICK = {
     "teacher": (2, 32, 2),
     "student": (1, 16, 2),
@@ -283,12 +287,32 @@ GROUPS: dict[str, Callable[[Setting], Group]] = {
 }
 
 
-def alternate(steps: Mapping[str, Step], rounds: int, tick: Callable[[], None]) -> dict[str, list[float]]:
-    """Return the seconds of each side in each round; every second round goes backwards."""
+def own_allocator(side: str) -> None:
+    """Give the allocator the thresholds that it has where this side runs alone: kdbench lets it keep what was
+    freed, which would make peers in the same process faster than they are elsewhere.
+    """
+    set_thresholds(*(KEEPING if side.startswith(("kdbench", "bare functions")) else UNTOLD))
+
+
+def kdbenchs_allocator(side: str) -> None:
+    """Give the allocator the thresholds of kdbench, whatever side runs."""
+    set_thresholds(*KEEPING)
+
+
+ALLOCATORS: dict[str, Callable[[str], None]] = {"own": own_allocator, "kdbench": kdbenchs_allocator}
+
+
+def alternate(
+    steps: Mapping[str, Step], rounds: int, tick: Callable[[], None], before: Callable[[str], None]
+) -> dict[str, list[float]]:
+    """Return the seconds of each side in each round; every second round goes backwards. `before` is told
+    which side is next, and is not timed.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds):
         for name in list(steps) if number % 2 == 0 else reversed(list(steps)):
             gc.collect()
+            before(name)
             start = time.perf_counter()
             steps[name]()
             times[name].append(time.perf_counter() - start)
@@ -506,6 +530,7 @@ def environment(options: argparse.Namespace) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": options.threads,
         "matmul_precision": options.precision,
+        "allocator": options.allocator,
         "kdbench": kdbench.__version__,
         "commit": git("rev-parse", "HEAD") or "unknown",
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
@@ -558,7 +583,9 @@ def _measured_group(
         group.steps.pop("kdbench through oneDNN", None)
     if len(group.steps) < 2:  # there is no peer
         group.steps.clear()
+    allocator = ALLOCATORS[options.allocator]
     for side, step in list(group.steps.items()):  # a first step is not timed
+        allocator(side)
         with group.foreign(side):
             step()
     for one in group.sides.values():
@@ -568,7 +595,8 @@ def _measured_group(
     bar.total += rounds * (len(group.steps) - 2)
     if name == "on_policy":
         rates = [product_rates(setting.products)]
-    times = alternate(group.steps, rounds, bar.update)
+    times = alternate(group.steps, rounds, bar.update, allocator)
+    allocator("kdbench")
     if name == "on_policy":
         rates.append(product_rates(setting.products))
         best = {size: max(rate[size] for rate in rates) for size in setting.products}
@@ -634,6 +662,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="torch.set_float32_matmul_precision, for both sides; default highest",
     )
     parser.add_argument("--threads", type=_positive, default=2, help="default 2")
+    parser.add_argument(
+        "--allocator",
+        choices=list(ALLOCATORS),
+        default="own",
+        help="thresholds of glibc's allocator: each side's own (default), or kdbench's for all",
+    )
     parser.add_argument("--out", type=Path, help="folder of results.json and table.md")
     parser.add_argument(
         "--quick", action="store_true", help="tiny models, one round, one process: whether everything runs"

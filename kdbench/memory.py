@@ -58,19 +58,32 @@ def _glibc() -> Any:
     return None
 
 
+KEEPING = (2**25, 2**31 - 1)
+"""Thresholds of glibc's allocator under which a process keeps what it frees, in bytes."""
+
+
 @functools.cache
 def keep_freed() -> None:
     """Let this process keep what it frees, for the next update: pages that come anew cost time.
 
     glibc otherwise gives back the end of its heap as soon as two large tensors are freed there. Blocks over
-    32 MiB, its limit, still come from the system. Does nothing under another C library, or where the
-    environment has set a threshold (`MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_THRESHOLD_`).
+    32 MiB, its limit, still come from the system.
+    """
+    set_thresholds(*KEEPING)
+
+
+def set_thresholds(block: int, end: int) -> None:
+    """Let glibc's allocator take blocks of `block` bytes or more, at most 32 MiB, straight from the system,
+    and give back the free end of its heap where that is larger than `end` bytes.
+
+    Does nothing under another C library, or where the environment has set a threshold
+    (`MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_THRESHOLD_`).
     """
     set_by_user = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & set(os.environ)
     library = _glibc()
     if library is not None and not set_by_user:
-        library.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD of malloc.h
-        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        library.mallopt(-3, block)  # M_MMAP_THRESHOLD of malloc.h
+        library.mallopt(-1, end)  # M_TRIM_THRESHOLD
 
 
 def give_back() -> None:

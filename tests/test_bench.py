@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import kdbench
+from kdbench import memory
 
 FOLDER = Path(kdbench.__file__).parent.parent / "benchmarks"
 PUBLISHED = FOLDER.parent / "leaderboards" / "speed" / "v1"
@@ -188,9 +189,21 @@ def test_a_row_of_another_vocabulary_is_not_judged(bench: Any) -> None:
 def test_sides_take_turns(bench: Any) -> None:
     order: list[str] = []
     steps = {name: lambda name=name: order.append(name) for name in "abc"}
-    times = bench.alternate(steps, 3, lambda: None)
-    assert "".join(order) == "abccbaabc"
+    told: list[str] = []
+    times = bench.alternate(steps, 3, lambda: None, told.append)
+    assert "".join(order) == "".join(told) == "abccbaabc"
     assert {name: len(found) for name, found in times.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_each_side_has_the_allocator_that_it_has_alone(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[tuple[int, int]] = []
+    monkeypatch.setattr(bench, "set_thresholds", lambda *thresholds: found.append(thresholds))
+    sides = ["kdbench", "kdbench through oneDNN", "bare functions", bench.PLAIN, bench.GKD, "generate"]
+    for side in sides:
+        bench.ALLOCATORS["own"](side)
+        bench.ALLOCATORS["kdbench"](side)
+    assert found[::2] == 3 * [memory.KEEPING] + 3 * [(2**25, 2**26)]
+    assert found[1::2] == 6 * [memory.KEEPING]
 
 
 def test_growth_is_the_peak_and_not_what_is_left(bench: Any) -> None:
