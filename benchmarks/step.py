@@ -4,11 +4,11 @@
 
 Both sides run in one process, in alternating order, on copies of the same weights and on the same texts, with
 the same matrix-product precision and threads, dropout 0 and AdamW, each under the thresholds of the allocator
-that it has where it runs alone. Before anything is timed, the two sides'
-loss and gradient on the same responses are compared. A ratio is the median over rounds of kdbench / peer
-within the round. Memory is the growth of the resident set over one update, each side in a process of its own
-that has made an update on short texts before. Prints a table; `--out` writes it as `table.md`, and
-`results.json` with the seconds of every round. TRL takes part where it is installed. docs/speed.md says more.
+that it has where it runs alone. Before anything is timed, the two sides' loss and gradient on the same
+responses are compared. A ratio is the median over rounds of kdbench / peer within the round. Memory is the
+growth of the resident set over one update, each side in a process of its own that has made an update on short
+texts before. Prints a table; `--out` writes it as `table.md`, and `results.json` with the seconds of every
+round. TRL takes part where it is installed. docs/speed.md says more.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ from kdbench.rollout import Draw, rollout
 SAME_LOSS, SAME_GRADIENT = 1e-4, 1e-3  # relative differences up to which two sides do the same work
 # glibc then gives a freed block of this size or more back at once, instead of raising that size as it goes:
 # what is resident is what is in use
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 # thresholds of glibc's allocator up to which it raises them by itself, in bytes: a peer has no others
 UNTOLD = (2**25, 2**26)
 QUICK = {
@@ -421,7 +421,7 @@ def measured_memory(kind: str, setting: Setting, options: argparse.Namespace) ->
     told = {"kind": kind, "setting": asdict(setting), "threads": options.threads}
     told["precision"] = options.precision
     command = [sys.executable, __file__, "--child", json.dumps(told)]
-    where = {**os.environ, **ALLOCATOR}
+    where = {**os.environ, **GIVING_BACK}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=where)
     if done.returncode:
         return f"failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"

@@ -18,7 +18,7 @@ SMALL = 2**15
 class TanhGELU(nn.GELU):
     """GELU in its form with tanh, x (1 + tanh u) / 2 = x sigmoid(2u), u = sqrt(2 / pi) (x + 0.044715 x^3).
 
-    On a CPU the sigmoid costs about half of the tanh; elsewhere, and for lower precision than float32, it is
+    On a CPU the sigmoid costs less than the tanh; elsewhere, and for lower precision than float32, it is
     torch's own. Derivatives of any order, in reverse mode.
     """
 

@@ -36,7 +36,6 @@ _HARMLESS = frozenset(
     "output_attentions output_hidden_states".split()
 )
 
-
 COST_OF_CALL = 2**17
 """What a call of attention costs beside its work: as much as so many products of entries of query and key."""
 
@@ -160,8 +159,7 @@ def prepare(model: nn.Module) -> bool:
     since then is run with padding.
 
     GELU in its form with tanh, which transformers composes of eight operations for GPT-2, becomes `TanhGELU`;
-    attention by torch's
-    fused kernel becomes the function of this module, which is that kernel for rows.
+    attention by torch's fused kernel becomes the function of this module, which is that kernel for rows.
     """
     if model not in _packable:
         for parent in list(model.modules()):
